@@ -1,0 +1,13 @@
+"""Sparse attention kernels for TPU and GPU: select the keys, then attend to them.
+
+Functions of arrays; every op has `reference`, `xla`, and where the matrix in README.md says so `mosaic_tpu` and
+`mosaic_gpu` implementations. Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head size.
+"""
+
+from pallas_kernels.core.dispatch import Implementation as Implementation
+from pallas_kernels.core.interpret import interpret_mode as interpret_mode
+from pallas_kernels.core.online_softmax import merge_attention as merge_attention
+from pallas_kernels.core.selection import TopKSelection as TopKSelection
+from pallas_kernels.core.selection import budget_from_ratio as budget_from_ratio
+from pallas_kernels.ops.topk_decode_attention.api import topk_decode_attention as topk_decode_attention
+from pallas_kernels.ops.topk_select.api import topk_select as topk_select

@@ -1,0 +1,1 @@
+"""One query row a sequence attends to its k best keys: exact Top-k decoding."""
