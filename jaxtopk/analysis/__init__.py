@@ -1,0 +1,1 @@
+"""Measuring what attention does, and showing it: captures, plots, reports, run folders."""

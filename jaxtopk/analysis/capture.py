@@ -1,0 +1,70 @@
+"""What each decode row attended to: measured inside the model, layer by layer, by way of `DecoderLM.decode_captured`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxtopk.attention.base import AttentionStrategy
+from jaxtopk.attention.full import FullAttention
+from jaxtopk.attention.topk import TopKAttention
+
+
+class RowStatistics(NamedTuple):
+    """Of one decode row a sequence, in every head.
+
+    mass: share of the full softmax that lies on the attended keys, exp(lse_attended - lse_full); 1 where all are attended.
+    attended: keys in the softmax.
+    visible: keys there were to choose from.
+    """
+
+    mass: Float32[Array, "B N"]
+    attended: Int32[Array, "B N"]
+    visible: Int32[Array, "B N"]
+
+
+def attend_with_statistics(
+    strategy: AttentionStrategy,
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    *,
+    lengths: Int32[Array, "B"],
+    window: int | None,
+) -> tuple[Float[Array, "B N V"], RowStatistics]:
+    """Attends as the strategy does, and measures the mass that each row keeps; scores once more to know all there is.
+
+    Dropping keys of mass 1 - a costs KL(sparse || full) = -ln a. To be passed to `DecoderLM.decode_captured`.
+
+    Raises:
+      ValueError: the strategy is not one whose decode rows are full or exact Top-k.
+    """
+    b, n, h = query.shape
+    counts = lengths if window is None else jnp.minimum(lengths, window)
+    visible = jnp.broadcast_to(counts[:, None], (b, n))
+    if isinstance(strategy, FullAttention):
+        out = strategy.decode(query, key, value, lengths=lengths, window=window)
+        return out, RowStatistics((visible > 0).astype(jnp.float32), visible, visible)
+    if not isinstance(strategy, TopKAttention):
+        raise ValueError(
+            f"strategy: got {type(strategy).__name__}, wanted FullAttention or TopKAttention"
+        )
+    out, residuals = strategy.decode_with_residuals(
+        query, key, value, lengths=lengths, window=window
+    )
+    _, s, k, _ = key.shape
+    scores = h**-0.5 * jnp.einsum(
+        "bkgh,bskh->bkgs",
+        query.reshape(b, k, n // k, h),
+        key,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    ).reshape(b, n, s)
+    index = jnp.arange(s, dtype=jnp.int32)[None, :]
+    seen = (index < lengths[:, None]) & (index >= (lengths - counts)[:, None])
+    lse = jax.nn.logsumexp(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    # The two sums are rounded apart from each other: a row that keeps all may come out a hair above 1.
+    mass = jnp.where(visible > 0, jnp.minimum(jnp.exp(residuals.lse - lse), 1.0), 0.0)
+    return out, RowStatistics(mass, residuals.selection.count, visible)

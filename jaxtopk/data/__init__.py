@@ -1,0 +1,1 @@
+"""What goes into a model: downloaded assets, tokenizers, chat templates and text corpora."""

@@ -1,0 +1,1 @@
+"""Tasks with known answers, their scores, and how sure a score is."""

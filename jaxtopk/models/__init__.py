@@ -1,0 +1,1 @@
+"""Models: decoder language models."""
