@@ -48,6 +48,32 @@ def heads(op: str, num_query_heads: int, num_kv_heads: int) -> None:
         )
 
 
+def attention(op: str, query, key, value) -> tuple[int, int, int]:
+    """Checks query [B, T, N, H], key [B, S, K, H] and value [B, S, K, V] together; returns (B, T, S)."""
+    shape(op, "query", query, "B T N H")
+    b, t, n, h = query.shape
+    shape(op, "key", key, "B S K H", B=b, H=h)
+    _, s, k, _ = key.shape
+    shape(op, "value", value, "B S K V", B=b, S=s, K=k)
+    heads(op, n, k)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if 0 in array.shape:
+            raise ValueError(f"{op}: {name} got shape {tuple(array.shape)}, wanted every axis of at least 1")
+    floating(op, "query", query)
+    same_dtype(op, query=query, key=key, value=value)
+    return b, t, s
+
+
+def optional_integer(op: str, name: str, array, wanted: str, **sizes: int):
+    """Checks an int32 array of a given shape, or None; returns it as a JAX array."""
+    if array is None:
+        return None
+    array = jnp.asarray(array)
+    integer(op, name, array)
+    shape(op, name, array, wanted, **sizes)
+    return array
+
+
 def choice(op: str, name: str, got: object, wanted: tuple[str, ...]) -> None:
     """Checks that `got` is one of a few names."""
     if got not in wanted:

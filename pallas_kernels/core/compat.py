@@ -34,6 +34,9 @@ def tpu_interpret(options: InterpretOptions | None):
         detect_races=options.detect_races,
         num_cores_or_threads=2,
         uninitialized_memory="nan",
+        # A copy runs at its start, so that one which is never waited for is seen as a race; without the detector it runs
+        # at its wait, so that it is seen in the values.
+        dma_execution_mode="eager" if options.detect_races else "on_wait",
         on_race="warn",
     )
 

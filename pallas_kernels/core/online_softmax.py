@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.core import precision
 
 
 def finite_max(m: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -63,8 +65,8 @@ def _product(equation, a, b, dtype):
 
 def merge_attention(
     outs: Sequence[Float[Array, "..."]] | Float[Array, "P ..."],
-    lses: Sequence[Float32[Array, "..."]] | Float32[Array, "P ..."],
-) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
+    lses: Sequence[Float[Array, "..."]] | Float[Array, "P ..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Merges attention over disjoint sets of keys into attention over their union, exactly, by log-sum-exp.
 
     lse = ln sum_i exp(lse_i), out = sum_i exp(lse_i - lse) out_i, in float32. A part that saw no key (lse -inf) adds nothing,
@@ -73,7 +75,7 @@ def merge_attention(
     Args:
       outs: parts [B, T, N, V] with lses [B, N, T], as `topk_attention` returns them; or [..., V] with lses [...], as
         `topk_decode_attention` does ([B, N, V] with [B, N]). A sequence, or stacked on a leading axis.
-      lses: natural logarithms, float32.
+      lses: natural logarithms, float32 or float64.
 
     Raises:
       ValueError: no part, different numbers of parts, or shapes that do not belong together.
@@ -89,11 +91,11 @@ def merge_attention(
                 f"merge_attention: got an out of shape {out.shape} with an lse of shape {lse.shape}, "
                 f"wanted {outs[0].shape} with {wanted}"
             )
-    lse_stack = jnp.stack([lse.astype(jnp.promote_types(lse.dtype, jnp.float32)) for lse in lses])
+    lse_stack = jnp.stack([lse.astype(precision.accumulator(lse.dtype)) for lse in lses])
     m = jnp.max(lse_stack, axis=0)
-    scale = jnp.exp(jnp.where(lse_stack == -jnp.inf, -jnp.inf, lse_stack - finite_max(m)))
+    scale = jnp.exp(jnp.where(lse_stack == -jnp.inf, -jnp.inf, lse_stack - finite_max(m)[None]))
     total = jnp.sum(scale, axis=0)
-    share = scale / jnp.where(total == 0, 1, total)
+    share = scale / jnp.where(total == 0, 1, total)[None]
     if outs[0].ndim == 4:
         share = jnp.swapaxes(share, -1, -2)
     out_stack = jnp.stack([out.astype(share.dtype) for out in outs])

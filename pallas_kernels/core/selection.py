@@ -102,5 +102,21 @@ def budget_from_ratio(visible: Int32[Array, "..."], ratio: float, min_topk: int 
 
 
 def rows_of(topk: int | jax.Array, rows: tuple[int, ...]) -> Int32[Array, "..."]:
-    """Broadcasts a budget to one int32 a row."""
+    """Broadcasts a budget to one int32 a row; an int past int32 keeps everything, as any budget past S does."""
+    topk = min(topk, NOTHING) if isinstance(topk, int) else topk
     return jnp.broadcast_to(jnp.asarray(topk, jnp.int32), rows)
+
+
+def row_budget(
+    visible: Int32[Array, "B T"],
+    topk: int | Int32[Array, "..."] | None,
+    topk_ratio: float | None,
+    min_topk: int,
+    dense_rows: Bool[Array, "B T"] | None,
+) -> Int32[Array, "B T"]:
+    """Returns how many keys each row may keep, from its count of visible keys; `dense_rows` keep all of them."""
+    if topk_ratio is not None:
+        budget = budget_from_ratio(visible, topk_ratio, min_topk)
+    else:
+        budget = jnp.minimum(rows_of(0 if topk is None else topk, visible.shape), visible)
+    return budget if dense_rows is None else jnp.where(dense_rows, visible, budget)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.core import checks, dispatch
 from pallas_kernels.core.pooling import POOLINGS, SCOPES
@@ -23,12 +23,12 @@ _TABLE = {
 class TopKDecodeResiduals(NamedTuple):
     """What a decode step knows besides its output.
 
-    lse: float32 [B, N], natural log-sum-exp over the selected keys; -inf for a row with none.
+    lse: [B, N], float32 (float64 for float64 inputs), natural log-sum-exp over the selected keys; -inf for a row with none.
     selection: the selected keys of each head, [B, N, ...]; a shared scope repeats its values over its heads. `indices` are
       listed when `topk` is an int. In a shared scope `threshold` is in pooled units.
     """
 
-    lse: Float32[Array, "B N"]
+    lse: Float[Array, "B N"]
     selection: TopKSelection
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.core import masks, online_softmax, pooling as pooling_, selection
+from pallas_kernels.core import masks, online_softmax, pooling as pooling_, precision, selection
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select import reference as topk_select
 
@@ -14,7 +14,7 @@ def topk_decode_attention(
     """Arguments as the public function, checked; returns (out, lse, TopKSelection)."""
     b, n, _ = query.shape
     _, s, k, _ = key.shape
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = precision.accumulator(query.dtype)
     visible = masks.visible_to_decode(s, lengths, window, b)[:, None, :]
     scores = scale * jnp.einsum(
         "bkgh,bskh->bkgs",
@@ -35,6 +35,6 @@ def topk_decode_attention(
         "bkgs,bskv->bkgv", p.reshape(b, k, n // k, s), kept.reshape(b, k, n // k, s), value.astype(dtype)
     ).reshape(b, n, -1)
     out = online_softmax.divide(acc, total).astype(query.dtype)
-    lse = online_softmax.log_sum_exp(m, total).astype(jnp.float32)
+    lse = online_softmax.log_sum_exp(m, total)
     repeated = [None if x is None else jnp.repeat(x, per_head, axis=1) for x in (chosen_indices, *chosen)]
     return out, lse, TopKSelection(*repeated)

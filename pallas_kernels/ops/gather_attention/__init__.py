@@ -1,0 +1,1 @@
+"""Every query row attends to the keys it is given by index."""

@@ -1,0 +1,551 @@
+"""Exact Top-k decoding, one sequence a grid step: score, select, then attend, with nothing S long in HBM (Mosaic TPU).
+
+1. Blocks of keys stream from HBM, all heads together, double-buffered; their scores stay in VMEM as int32 order keys.
+2. A shared scope pools the heads' scores into a second, shorter buffer.
+3. Bisection over that buffer gives count, threshold and tie cut (`topk_select`).
+4. One pass finds each head's maximum and lists the blocks that hold a selected key.
+5. The value blocks on that list stream in; weights come from the kept scores, so keys are read once.
+
+Blocks past a sequence's length or before its window are neither copied nor scanned. Every head's row rides through each
+product (a product costs the loading of its keys, not its few rows) and keeps the key/value head it belongs to, so groups of
+any size need no packing. Products accumulate in float32; float32 inputs are multiplied in full precision, bfloat16 weights
+as the sum of two bfloat16 parts.
+
+The cache is read in the layout that XLA itself gives it at a program's edge, so that no copy is made: [S, K, H] as it is
+where K and H fill tiles, else [K, S, H], or [K, H, S] where H would leave lanes empty. An S that is not a multiple of 128 can
+be cut into blocks in the first layout only, and XLA copies the others into it: keep the capacity a multiple of 128.
+
+Grid (B,), parallel. VMEM: heads x S x 4 bytes of order keys, two blocks each of keys and values.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.core import block_sizes as block_sizes_
+from pallas_kernels.core import compat, masks, online_softmax, selection
+from pallas_kernels.core import pooling as pooling_
+from pallas_kernels.core.interpret import interpret_options
+from pallas_kernels.core.selection import TopKSelection
+from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
+from pallas_kernels.ops.topk_select.mosaic_tpu import (
+    LANES,
+    check_vmem,
+    chunk_width,
+    round_up,
+    select_rows,
+)
+
+_OP = "topk_decode_attention"
+_SUBLANES = 8
+_BLOCK_BYTES = 1 << 20  # one block of keys; two are in flight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """What the kernel reads and writes, one sequence at a time; R rows are the heads, padded to 8, Q the pooled sets."""
+
+    # scalars, SMEM
+    begins: jax.Ref  # [B] i32, first visible key
+    ends: jax.Ref  # [B] i32, one past the last visible key
+    # inputs
+    query: jax.Ref  # [1, R, H], VMEM
+    budget: jax.Ref  # [1, Q, 1] i32, VMEM
+    key: jax.Ref  # [B, ...] in the cache's layout, HBM
+    value: jax.Ref
+    # outputs
+    out: jax.Ref  # [1, R, V], VMEM
+    lse: jax.Ref  # [1, R, 1] f32, VMEM
+    chosen: jax.Ref  # [1, Q, 3] i32, VMEM: count, threshold key, tie cut
+    ranked_out: (
+        jax.Ref | None
+    )  # [B, Q, blocks * block_kv] i32, HBM: the order keys, where an index list is wanted
+    # scratch
+    scores: jax.Ref  # [R, blocks * block_kv] i32, VMEM: order keys of the heads' scores
+    pooled: jax.Ref | None  # [Q, blocks * block_kv] i32, VMEM: order keys of a shared scope
+    key_blocks: jax.Ref  # [2, ...], VMEM
+    value_blocks: jax.Ref
+    poison: jax.Ref  # [R, V] f32, VMEM: how many non-finite values each output would take in
+    pages: jax.Ref  # [blocks] i32, SMEM: blocks that hold a selected key
+    key_arrived: jax.Ref  # [2] DMA semaphores
+    value_arrived: jax.Ref
+    ranked_left: jax.Ref | None  # DMA semaphore
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static numbers of one launch."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_sets: int  # G: how many selections a sequence makes
+    num_keys: int
+    block_kv: int
+    chunk: int  # keys that one step of a pass over the scores takes
+    key_axis: int  # where S stands among the three axes of a sequence's keys
+    value_axis: int
+    scale: float
+    pooling: str
+
+    @property
+    def num_blocks(self) -> int:
+        return pl.cdiv(self.num_keys, self.block_kv)
+
+
+def _key_axis(s: int, k: int, h: int, dtype) -> int:
+    """Returns where S stands in the cache's own layout: 0 in [S, K, H], 1 in [K, S, H], 2 in [K, H, S]."""
+    if h % LANES:
+        axis = 2
+    elif k in (2, 4) or k % _SUBLANES == 0 or (k == 1 and dtype.itemsize == 4):
+        axis = 0
+    else:
+        axis = 1
+    # The last block is S % block long, and copies of a tiled axis come in whole tiles.
+    return axis if s % (1, 2 * _SUBLANES, LANES)[axis] == 0 else 0
+
+
+def _at(axis: int, index) -> tuple:
+    """Returns the index that takes `index` along S, all of the rest."""
+    return tuple(index if i == axis else slice(None) for i in range(3))
+
+
+def _heads(block, axis: int):
+    """Turns a block into its key/value heads: [K, keys, H], or [K, H, keys] where `axis` is 2."""
+    return jnp.swapaxes(block, 0, 1) if axis == 0 else block
+
+
+def _dot(lhs, rhs, contract: tuple[int, int]):
+    precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _weigh(p, value, contract: tuple[int, int]):
+    """Returns p times `value` for float32 weights: bfloat16 values meet them in two parts, 16 bits of weight in all."""
+    if value.dtype == jnp.float32:
+        return _dot(p, value, contract)
+    coarse = p.astype(value.dtype)
+    fine = (p - coarse.astype(jnp.float32)).astype(value.dtype)
+    return _dot(coarse, value, contract) + _dot(fine, value, contract)
+
+
+def _tiled_size(shape: tuple[int, ...]) -> int:
+    """Returns the elements of a VMEM buffer with its last two axes filled up to whole tiles."""
+    *outer, sublanes, lanes = shape
+    return math.prod(outer) * round_up(sublanes, _SUBLANES) * round_up(lanes, LANES)
+
+
+def _rows_of(shape: tuple[int, int], first: int, end: int):
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (row >= first) & (row < end)
+
+
+def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
+    named = dict(zip(names, refs, strict=True))
+    refs = _Refs(**{f.name: named.get(f.name) for f in dataclasses.fields(_Refs)})
+    b = pl.program_id(0)
+    begin, end = refs.begins[b], refs.ends[b]
+    num_rows = refs.scores.shape[0]
+    ranked = refs.scores if refs.pooled is None else refs.pooled
+    per_head, per_set = (
+        plan.num_heads // plan.num_kv_heads,
+        plan.num_heads // plan.num_sets,
+    )
+    chunks = plan.block_kv // plan.chunk
+    first_block = begin // plan.block_kv
+    # A sequence that sees nothing may have begin past end.
+    num_visited = jnp.maximum(pl.cdiv(end, jnp.int32(plan.block_kv)) - first_block, 0)
+    full = functools.partial(jnp.full, dtype=jnp.float32)
+
+    def stream(hbm, buffers, arrived, axis, count, block_at, step, init):
+        """Runs step(block, buffer slot, carry) over `count` blocks while the next one is on its way."""
+        whole, tail = divmod(plan.num_keys, plan.block_kv)
+
+        def for_each_copy(
+            i, act
+        ):  # the last block of an uneven S is shorter, and a copy's size is static
+            block, slot = block_at(i), i % 2
+
+            def copy(size):
+                start = pl.multiple_of(block * plan.block_kv, LANES)
+                source = hbm.at[b].at[_at(axis, pl.ds(start, size))]
+                target = buffers.at[slot].at[_at(axis, pl.ds(0, size))]
+                act(pltpu.make_async_copy(source, target, arrived.at[slot]))
+
+            if whole:
+                pl.when(block < whole)(lambda: copy(plan.block_kv))
+            if tail:
+                pl.when(block == whole)(lambda: copy(tail))
+
+        start = functools.partial(for_each_copy, act=lambda copy: copy.start())
+        wait = functools.partial(for_each_copy, act=lambda copy: copy.wait())
+        pl.when(count > 0)(lambda: start(0))
+
+        def body(i, carry):
+            pl.when(i + 1 < count)(lambda: start(i + 1))
+            wait(i)
+            return step(block_at(i), i % 2, carry)
+
+        return lax.fori_loop(0, count, body, init)
+
+    def chunk_of(ref, start):
+        return ref[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)]
+
+    def scan(step, init):
+        """Runs step(start, carry) over the visited chunks of the score buffer."""
+        body = lambda c, carry: step(c * plan.chunk, carry)
+        return lax.fori_loop(first_block * chunks, (first_block + num_visited) * chunks, body, init)
+
+    def score_block(block, slot, carry):
+        for offset in range(0, plan.block_kv, plan.chunk):
+            keys = refs.key_blocks[slot]
+            keys = _heads(
+                keys[_at(plan.key_axis, slice(offset, offset + plan.chunk))], plan.key_axis
+            )
+            score = full((num_rows, plan.chunk), 0)
+            for head in range(plan.num_kv_heads):
+                product = _dot(refs.query[0], keys[head], (1, 0 if plan.key_axis == 2 else 1))
+                own = _rows_of(score.shape, head * per_head, (head + 1) * per_head)
+                score = jnp.where(own, product, score)
+            start = pl.multiple_of(block * plan.block_kv + offset, LANES)
+            index = start + lax.broadcasted_iota(jnp.int32, score.shape, 1)
+            order = selection.order_key(plan.scale * score)
+            visible = (index >= begin) & (index < end) & (order != selection.NAN)
+            refs.scores[:, pl.ds(start, plan.chunk)] = jnp.where(visible, order, selection.DEAD)
+        return carry
+
+    def expand(per_pool):
+        """Gives each head the row of its set: [Q, n] -> [R, n]."""
+        if refs.pooled is None:
+            return per_pool
+        shape = num_rows, per_pool.shape[1]
+        rows = jnp.zeros(shape, per_pool.dtype)
+        for g in range(plan.num_sets):
+            own = _rows_of(shape, g * per_set, (g + 1) * per_set)
+            rows = jnp.where(own, jnp.broadcast_to(per_pool[g : g + 1], shape), rows)
+        return rows
+
+    def maximum_of(order, best):
+        return jnp.maximum(best, jnp.max(order, axis=1, keepdims=True))
+
+    def finite_score(order):
+        """Returns the score of a row's largest order key, 0 where that is -inf or there is none."""
+        score = selection.key_to_score(order)
+        return jnp.where((order == selection.DEAD) | (score == -jnp.inf), 0.0, score)
+
+    no_order = jnp.full((num_rows, 1), selection.DEAD, jnp.int32)
+
+    def pool():
+        best = scan(lambda start, best: maximum_of(chunk_of(refs.scores, start), best), no_order)
+        m = finite_score(best)
+
+        def add(start, total):
+            order = chunk_of(refs.scores, start)
+            p = jnp.where(order == selection.DEAD, 0.0, jnp.exp(selection.key_to_score(order) - m))
+            return total + jnp.sum(p, axis=1, keepdims=True)
+
+        lse = full((num_rows, 1), 0)
+        if plan.pooling.startswith("prob"):
+            total = scan(add, full((num_rows, 1), 0))
+            lse = m + jnp.log(jnp.where(total == 0, 1.0, total))
+
+        def pool_chunk(start, carry):
+            order = chunk_of(refs.scores, start)
+            score = selection.key_to_score(order) - lse
+            pooled = jnp.full((refs.pooled.shape[0], plan.chunk), selection.DEAD, jnp.int32)
+            for g in range(plan.num_sets):
+                own = _rows_of(order.shape, g * per_set, (g + 1) * per_set)
+                value = _pool_rows(score, own, per_set, plan.pooling)
+                dead = (
+                    jnp.max(jnp.where(own & (order == selection.DEAD), 1, 0), axis=0, keepdims=True)
+                    > 0
+                )
+                # A pool that one head sees as not a number has no rank, like a score that is not one.
+                value = selection.order_key(value)
+                value = jnp.where(dead | (value == selection.NAN), selection.DEAD, value)
+                pooled = jnp.where(
+                    _rows_of(pooled.shape, g, g + 1), jnp.broadcast_to(value, pooled.shape), pooled
+                )
+            refs.pooled[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)] = pooled
+            return carry
+
+        scan(pool_chunk, 0)
+
+    def kept_in(start):
+        """Returns a chunk's mask of selected keys, [R, chunk]."""
+        order = chunk_of(ranked, start)
+        index = start + lax.broadcasted_iota(jnp.int32, order.shape, 1)
+        kept = (order > threshold) | ((order == threshold) & (index <= tie_cut))
+        kept = kept & (order != selection.DEAD)
+        return kept if refs.pooled is None else expand(jnp.where(kept, 1, 0)) > 0
+
+    def list_page(i, carry):
+        count, best = carry
+        block = first_block + i
+        held = jnp.zeros((num_rows, 1), jnp.int32)
+        for offset in range(0, plan.block_kv, plan.chunk):
+            start = block * plan.block_kv + offset
+            order = jnp.where(kept_in(start), chunk_of(refs.scores, start), selection.DEAD)
+            best = maximum_of(order, best)
+            held = jnp.maximum(
+                held, jnp.max(jnp.where(order == selection.DEAD, 0, 1), axis=1, keepdims=True)
+            )
+        refs.pages[count] = block
+        return count + jnp.max(held), best
+
+    def attend_block(block, slot, carry):
+        acc, total = carry
+        contract = (1, 1 if plan.value_axis == 2 else 0)
+        for offset in range(0, plan.block_kv, plan.chunk):
+            start = block * plan.block_kv + offset
+            kept = kept_in(start)
+            score = selection.key_to_score(chunk_of(refs.scores, start))
+            p = jnp.where(kept, jnp.exp(score - m), 0.0)
+            total += jnp.sum(p, axis=1, keepdims=True)
+            values = refs.value_blocks[slot]
+            values = values[_at(plan.value_axis, slice(offset, offset + plan.chunk))]
+            values = _heads(values, plan.value_axis)
+            for head in range(plan.num_kv_heads):
+                own = _rows_of(acc.shape, head * per_head, (head + 1) * per_head)
+                # 0 * NaN is NaN: what no row of this head keeps may hold anything.
+                value = values[head].astype(jnp.float32)
+                finite = jnp.isfinite(value)
+                clean = jnp.where(finite, value, 0.0).astype(values.dtype)
+                acc = jnp.where(own, acc + _weigh(p, clean, contract), acc)
+
+                @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
+                def _count_poison(finite=finite, own=own, kept=kept):
+                    hits = _dot(
+                        jnp.where(kept, 1.0, 0.0).astype(jnp.bfloat16),
+                        jnp.where(finite, 0.0, 1.0).astype(jnp.bfloat16),
+                        contract,
+                    )
+                    refs.poison[...] += jnp.where(own, hits, 0.0)
+
+        return acc, total
+
+    refs.poison[...] = jnp.zeros_like(refs.poison)
+    stream(
+        refs.key,
+        refs.key_blocks,
+        refs.key_arrived,
+        plan.key_axis,
+        num_visited,
+        lambda i: first_block + i,
+        score_block,
+        0,
+    )
+    if refs.pooled is not None:
+        pool()
+    count, threshold, tie_cut = select_rows(
+        ranked,
+        refs.budget[0],
+        first_block * chunks,
+        (first_block + num_visited) * chunks,
+        chunk=plan.chunk,
+    )
+    for column, fact in enumerate((count, threshold, tie_cut)):
+        refs.chosen[0, :, column : column + 1] = fact
+    if refs.ranked_out is not None:
+        leaving = pltpu.make_async_copy(ranked, refs.ranked_out.at[b], refs.ranked_left)
+        leaving.start()
+
+    num_pages, best = lax.fori_loop(0, num_visited, list_page, (jnp.int32(0), no_order))
+    m = finite_score(best)
+    acc, total = stream(
+        refs.value,
+        refs.value_blocks,
+        refs.value_arrived,
+        plan.value_axis,
+        num_pages,
+        lambda i: refs.pages[i],
+        attend_block,
+        (jnp.zeros_like(refs.poison), full((num_rows, 1), 0)),
+    )
+    empty = total == 0
+    safe = jnp.where(empty, 1.0, total)
+    out = jnp.where(refs.poison[...] > 0, jnp.nan, acc / safe)
+    refs.out[0] = jnp.where(empty, 0.0, out).astype(refs.out.dtype)
+    refs.lse[0] = jnp.where(empty, -jnp.inf, m + jnp.log(safe))
+    if refs.ranked_out is not None:
+        leaving.wait()
+
+
+def _pool_rows(score, own, size: int, pooling: str):
+    """Pools the rows of `own` into one: [R, n] -> [1, n]; logsumexp for "prob_sum", as the scores are log-probabilities."""
+    if pooling == "score_mean":
+        return jnp.sum(jnp.where(own, score, 0.0), axis=0, keepdims=True) / size
+    best = jnp.max(jnp.where(own, score, -jnp.inf), axis=0, keepdims=True)
+    if pooling != "prob_sum":
+        return best
+    safe = online_softmax.finite_max(best)
+    total = jnp.sum(jnp.where(own, jnp.exp(score - safe), 0.0), axis=0, keepdims=True)
+    return online_softmax.log_sum_exp(safe, total)
+
+
+def _block_kv(b: int, n: int, s: int, k: int, h: int, dtype, block_sizes) -> int:
+    def heuristic():
+        row_bytes = k * round_up(h, LANES) * dtype.itemsize
+        return TopKDecodeBlockSizes(block_kv=min(max(_BLOCK_BYTES // row_bytes, LANES), 2048))
+
+    sizes = block_sizes_.resolve(
+        _OP,
+        "mosaic_tpu",
+        block_sizes,
+        cls=TopKDecodeBlockSizes,
+        dtype=dtype.name,
+        bucket={"rows": b * k, "s": s, "head": h},
+        heuristic=heuristic,
+    )
+    if sizes.num_splits not in (None, 1):
+        raise NotImplementedError(
+            f"{_OP}: mosaic_tpu got num_splits={sizes.num_splits}, wanted 1 (a sequence runs on one core)"
+        )
+    block = min(sizes.block_kv or heuristic().block_kv, round_up(s, LANES))
+    return max(block // LANES, 1) * LANES
+
+
+def topk_decode_attention(
+    query,
+    key,
+    value,
+    *,
+    topk,
+    lengths,
+    scope,
+    pooling,
+    window,
+    scale,
+    with_indices,
+    block_sizes=None,
+):
+    """Arguments as the public function, checked; returns (out, lse, TopKSelection).
+
+    Raises:
+      NotImplementedError: float16 or float64 inputs, or score rows that do not fit VMEM.
+    """
+    b, n, h = query.shape
+    _, s, k, v = value.shape
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"{_OP}: mosaic_tpu got query of dtype {query.dtype.name}, wanted float32 or bfloat16"
+        )
+    num_sets = pooling_.num_sets(scope, n, k)
+    per_set = n // num_sets
+    rows, sets = round_up(n, _SUBLANES), round_up(num_sets, _SUBLANES)
+    shared = per_set > 1
+    block_kv = _block_kv(b, n, s, k, h, query.dtype, block_sizes)
+    plan = _Plan(
+        num_heads=n,
+        num_kv_heads=k,
+        num_sets=num_sets,
+        num_keys=s,
+        block_kv=block_kv,
+        chunk=chunk_width(rows, block_kv),
+        key_axis=_key_axis(s, k, h, key.dtype),
+        value_axis=_key_axis(s, k, v, value.dtype),
+        scale=scale,
+        pooling=pooling,
+    )
+    ends = jnp.full((b,), s, jnp.int32) if lengths is None else lengths
+    begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
+    budget = selection.rows_of(topk, (b, n))[:, ::per_set, None]
+    operands = {
+        "begins": begins,
+        "ends": jnp.clip(ends, 0, s),
+        "query": jnp.pad(query, ((0, 0), (0, rows - n), (0, 0))),
+        "budget": jnp.pad(budget, ((0, 0), (0, sets - num_sets), (0, 0))),
+        "key": jnp.moveaxis(key, 1, 1 + plan.key_axis),
+        "value": jnp.moveaxis(value, 1, 1 + plan.value_axis),
+    }
+    out, lse, chosen, *ranked = _launch(
+        operands, plan, sets=sets, shared=shared, value_head=v, with_indices=with_indices
+    )
+    count, threshold, tie_cut = (chosen[:, :num_sets, i] for i in range(3))
+    indices = None
+    if with_indices:
+        order = ranked[0][:, :num_sets, :s]
+        index = lax.broadcasted_iota(jnp.int32, order.shape, 2)
+        kept = (order == threshold[..., None]) & (index <= tie_cut[..., None])
+        kept = (kept | (order > threshold[..., None])) & (order != selection.DEAD)
+        visible = masks.visible_to_decode(s, lengths, window, b)[:, None, :]
+        indices = selection.compact(kept & visible, topk)
+    chosen = (indices, count, selection.key_to_score(threshold), tie_cut)
+    chosen = [None if x is None else jnp.repeat(x, per_set, axis=1) for x in chosen]
+    return out[:, :n], lse[:, :n, 0], TopKSelection(*chosen)
+
+
+def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, with_indices: bool):
+    """Returns out [B, R, V], lse [B, R, 1], chosen [B, Q, 3], and the order keys [B, Q, S'] where wanted."""
+    query, key, value = operands["query"], operands["key"], operands["value"]
+    b, rows, h = query.shape
+    dtype, itemsize = query.dtype, query.dtype.itemsize
+    width = plan.num_blocks * plan.block_kv
+
+    def block_shape(hbm, axis):
+        return tuple(plan.block_kv if i == axis else size for i, size in enumerate(hbm.shape[1:]))
+
+    key_block, value_block = block_shape(key, plan.key_axis), block_shape(value, plan.value_axis)
+    scratch = {
+        "scores": pltpu.VMEM((rows, width), jnp.int32),
+        **({"pooled": pltpu.VMEM((sets, width), jnp.int32)} if shared else {}),
+        "key_blocks": pltpu.VMEM((2, *key_block), dtype),
+        "value_blocks": pltpu.VMEM((2, *value_block), dtype),
+        "poison": pltpu.VMEM((rows, value_head), jnp.float32),
+        "pages": pltpu.SMEM((plan.num_blocks,), jnp.int32),
+        "key_arrived": pltpu.SemaphoreType.DMA((2,)),
+        "value_arrived": pltpu.SemaphoreType.DMA((2,)),
+        **({"ranked_left": pltpu.SemaphoreType.DMA} if with_indices else {}),
+    }
+    out_shape = {
+        "out": jax.ShapeDtypeStruct((b, rows, value_head), dtype),
+        "lse": jax.ShapeDtypeStruct((b, rows, 1), jnp.float32),
+        "chosen": jax.ShapeDtypeStruct((b, sets, 3), jnp.int32),
+        **(
+            {"ranked_out": jax.ShapeDtypeStruct((b, sets, width), jnp.int32)}
+            if with_indices
+            else {}
+        ),
+    }
+    in_hbm = {"key", "value", "ranked_out"}
+
+    def spec(name, shape):
+        if name in in_hbm:
+            return pl.BlockSpec(memory_space=pl.ANY)
+        return pl.BlockSpec((1, *shape[1:]), lambda i, *_: (i, 0, 0))
+
+    inputs = {name: operands[name] for name in ("query", "budget", "key", "value")}
+    # A block is in two buffers, and once more while its heads are taken apart.
+    block_bytes = 3 * itemsize * sum(map(_tiled_size, (key_block, value_block)))
+    needed = 4 * width * (rows + (sets if shared else 0)) + block_bytes
+    return pl.pallas_call(
+        functools.partial(
+            _kernel, plan=plan, names=("begins", "ends", *inputs, *out_shape, *scratch)
+        ),
+        out_shape=list(out_shape.values()),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(b,),
+            in_specs=[spec(name, x.shape) for name, x in inputs.items()],
+            out_specs=[spec(name, x.shape) for name, x in out_shape.items()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=check_vmem(_OP, needed, f"{rows} rows of S={plan.num_keys}"),
+        ),
+        cost_estimate=pl.CostEstimate(
+            # Both products, and two operations a score in each of some 40 passes; all of V is the upper bound.
+            flops=b * plan.num_heads * plan.num_keys * (2 * (h + value_head) + 80),
+            bytes_accessed=key.size * itemsize + value.size * itemsize,
+            transcendentals=b * plan.num_heads * plan.num_keys,
+        ),
+        interpret=compat.tpu_interpret(interpret_options()),
+        name=f"topk_decode_{dtype.name}_g{plan.num_sets}_kv{plan.block_kv}_{plan.key_axis}{plan.value_axis}",
+    )(operands["begins"], operands["ends"], *inputs.values())

@@ -1,0 +1,267 @@
+"""The Mosaic GPU kernels on a real GPU, at real sizes: conformance, determinism, and the error of half precision.
+
+JAXTOPK_TEST_PLATFORM=gpu python -m pytest -m gpu tests/kernels/test_on_gpu.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels.core import selection
+
+pytestmark = pytest.mark.gpu
+
+
+def assert_same_bits(got, wanted):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@functools.cache
+def compiled(op, names: tuple[str, ...], static: tuple[tuple[str, object], ...]):
+    """One jitted function for one set of static arguments, so that tests of one shape compile once."""
+    return jax.jit(
+        lambda *arrays: op(
+            *arrays[: len(arrays) - len(names)],
+            **dict(zip(names, arrays[len(arrays) - len(names) :], strict=True)),
+            **dict(static),
+        )
+    )
+
+
+def call(op, *arrays, **arguments):
+    """Calls `op` under jit, arrays among the keyword arguments as traced ones."""
+    traced = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    static = tuple((name, x) for name, x in arguments.items() if name not in traced)
+    return compiled(op, tuple(traced), static)(*arrays, *traced.values())
+
+
+def select(scores, topk, implementation, **arguments):
+    return call(
+        pallas_kernels.topk_select, scores, topk=topk, implementation=implementation, **arguments
+    )
+
+
+def score_rows(rows: int, s: int, kind: str, dtype) -> jax.Array:
+    normal = jax.random.normal(jax.random.key(rows + s), (rows, s), jnp.float32)
+    place = jnp.arange(s)[None, :]
+    scores = {
+        "normal": lambda: normal,
+        "rounded": lambda: jnp.round(4 * normal),
+        "plateau": lambda: jnp.where(normal > 3, normal, jnp.where(place % 2 == 0, -0.0, 0.0)),
+        "constant": lambda: jnp.full((rows, s), 2.5, jnp.float32),
+        "ascending": lambda: jnp.broadcast_to(place / s, (rows, s)).astype(jnp.float32),
+        "mixed": lambda: jnp.where(
+            place % 11 == 0,
+            jnp.nan,
+            jnp.where(
+                place % 13 == 0, jnp.inf, jnp.where(place % 17 == 0, -jnp.inf, normal * 1e-38)
+            ),
+        ),
+    }[kind]()
+    return scores.astype(dtype)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rounded", "plateau", "constant", "ascending", "mixed"])
+@pytest.mark.parametrize(
+    ("rows", "s", "topk", "dtype"),
+    [
+        pytest.param(32, 131072, 2048, jnp.float32, id="32x131072"),
+        pytest.param(4096, 8192, 512, jnp.float32, id="4096x8192"),
+        pytest.param(64, 8192, 512, jnp.bfloat16, id="64x8192-bf16"),
+        pytest.param(16, 49152, 1000, jnp.float32, id="16x49152"),
+        pytest.param(16, 49153, 1000, jnp.float32, id="16x49153"),
+        pytest.param(7, 1999, 64, jnp.float16, id="7x1999-f16"),
+        pytest.param(5, 97, 200, jnp.float32, id="5x97"),
+    ],
+)
+def test_select_equals_the_reference_bit_for_bit(rows, s, topk, dtype, kind):
+    scores = score_rows(rows, s, kind, dtype)
+    assert_same_bits(select(scores, topk, "mosaic_gpu"), select(scores, topk, "reference"))
+
+
+def test_select_at_a_million_keys():
+    scores = score_rows(64, 1 << 20, "normal", jnp.float32)
+    lengths = jnp.asarray(np.resize([1 << 20, 0, 1, 777_777, 131072], 64), jnp.int32)
+    topk = jnp.asarray(np.resize([2048, 1, 3, 1 << 20], 64), jnp.int32)
+    arguments = {"lengths": lengths, "with_indices": False}
+    got = select(scores, topk, "mosaic_gpu", **arguments)
+    assert_same_bits(got, select(scores, topk, "reference", **arguments))
+
+
+def test_select_gives_the_same_bits_again_and_in_another_order():
+    scores = score_rows(64, 20000, "rounded", jnp.float32)
+    first = select(scores, 300, "mosaic_gpu")
+    assert_same_bits(select(scores, 300, "mosaic_gpu"), first)
+    assert_same_bits(
+        select(scores[::-1], 300, "mosaic_gpu"), jax.tree.map(lambda x: x[::-1], first)
+    )
+
+
+def decode_inputs(b, s, n, k, h, dtype, *, whole=False):
+    keys = jax.random.split(jax.random.key(b * s + n), 3)
+    shapes = (b, n, h), (b, s, k, h), (b, s, k, h)
+    if whole:  # scores without rounding and full of ties
+        query, key = (
+            jax.random.randint(r, x, -2, 3).astype(dtype)
+            for r, x in zip(keys[:2], shapes[:2], strict=True)
+        )
+    else:
+        query, key = (
+            jax.random.normal(r, x, dtype) for r, x in zip(keys[:2], shapes[:2], strict=True)
+        )
+    return query, key, jax.random.normal(keys[2], shapes[2], dtype)
+
+
+def decode(query, key, value, implementation, **arguments):
+    return call(
+        pallas_kernels.topk_decode_attention,
+        query,
+        key,
+        value,
+        implementation=implementation,
+        return_residuals=True,
+        **arguments,
+    )
+
+
+DECODE_SHAPES = {
+    "8x4096-32-of-8x128": (8, 4096, 32, 8, 128),
+    "2x8192-9-of-3x64": (2, 8192, 9, 3, 64),
+    "3x1001-16-of-1x256": (3, 1001, 16, 1, 256),
+    "4x50-4-of-4x80": (4, 50, 4, 4, 80),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"]
+)
+@pytest.mark.parametrize("shape", DECODE_SHAPES.values(), ids=DECODE_SHAPES.keys())
+def test_decode_selects_the_same_keys(shape, dtype):
+    b, s, *_ = shape
+    query, key, value = decode_inputs(*shape, dtype, whole=True)
+    lengths = jnp.asarray(np.resize([s, s // 2 + 1, 0, 1], b), jnp.int32)
+    arguments = {"topk": max(1, s // 20), "lengths": lengths, "scale": 0.125}
+    out, residuals = decode(query, key, value, "mosaic_gpu", **arguments)
+    wanted, wanted_residuals = decode(query, key, value, "reference", **arguments)
+    assert_same_bits(residuals.selection, wanted_residuals.selection)
+    np.testing.assert_allclose(residuals.lse, wanted_residuals.lse, rtol=2e-5, atol=2e-5)
+    tolerance = 2e-5 if dtype == jnp.float32 else 1.01 * float(jnp.finfo(dtype).eps)
+    out, wanted = np.asarray(out, np.float32), np.asarray(wanted, np.float32)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("window", [None, 700], ids=["all", "window"])
+def test_decode_in_float32_is_as_good_as_the_reference(window):
+    query, key, value = decode_inputs(2, 8192, 9, 3, 64, jnp.float32)
+    arguments = {"topk": 8192, "window": window}  # every visible key: no member can flip
+    out, residuals = decode(query, key, value, "mosaic_gpu", **arguments)
+    wanted, wanted_residuals = decode(query, key, value, "reference", **arguments)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(residuals.lse, wanted_residuals.lse, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scope", ["group", "layer"])
+@pytest.mark.parametrize("pooling", ["prob_sum", "score_max"])
+def test_decode_shares_one_set_in_a_scope(scope, pooling):
+    query, key, value = decode_inputs(2, 4096, 32, 8, 128, jnp.float32)
+    arguments = {"topk": 256, "scope": scope, "pooling": pooling}
+    out, residuals = decode(query, key, value, "mosaic_gpu", **arguments)
+    wanted, wanted_residuals = decode(query, key, value, "reference", **arguments)
+    indices = np.asarray(residuals.selection.indices)
+    per_set = 4 if scope == "group" else 32
+    shared = indices.reshape(2, 32 // per_set, per_set, 256)
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:, :, :1], shared.shape))
+    # Pooled scores are rounded by exp and log, so a member at the edge may differ; few do.
+    same = [
+        len(np.intersect1d(a, b))
+        for a, b in zip(
+            indices.reshape(-1, 256),
+            np.asarray(wanted_residuals.selection.indices).reshape(-1, 256),
+            strict=True,
+        )
+    ]
+    assert min(same) >= 255
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
+
+
+def test_decode_in_bfloat16_adds_no_error_of_its_own():
+    """RMS against the float32 reference on the rounded inputs, at most 1.5 times that of the bfloat16 reference."""
+    query, key, value = decode_inputs(8, 8192, 32, 8, 128, jnp.bfloat16)
+    out, _ = decode(query, key, value, "mosaic_gpu", topk=512)
+    plain, _ = decode(query, key, value, "reference", topk=512)
+    oracle, _ = decode(*(x.astype(jnp.float32) for x in (query, key, value)), "reference", topk=512)
+    error = lambda x: np.asarray(x, np.float32) - np.asarray(oracle)
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+    ulp = float(jnp.finfo(jnp.bfloat16).eps) * float(np.abs(oracle).max())
+    assert rms(error(out)) <= 1.5 * rms(error(plain))
+    assert np.abs(error(out)).max() <= max(2 * np.abs(error(plain)).max(), ulp)
+
+
+def test_decode_at_131072_keys_ignores_what_it_does_not_select():
+    """The cache of eight sequences at full size; the tails past their lengths are NaN."""
+    b, s, topk = 8, 131072, 2048
+    query, key, value = decode_inputs(b, s, 32, 8, 128, jnp.bfloat16)
+    lengths = jnp.asarray([131072, 131071, 70000, 4097, 64, 1, 0, 100_000], jnp.int32)
+    clean, _ = decode(query, key, value, "mosaic_gpu", topk=topk, lengths=lengths)
+    dead = (jnp.arange(s)[None, :] >= lengths[:, None])[:, :, None, None]
+    key, value = (jnp.where(dead, jnp.nan, x) for x in (key, value))
+    out, residuals = decode(query, key, value, "mosaic_gpu", topk=topk, lengths=lengths)
+    assert_same_bits(out, clean)
+    selected = residuals.selection
+    np.testing.assert_array_equal(
+        selected.count, np.minimum(topk, np.asarray(lengths))[:, None].repeat(32, 1)
+    )
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    assert (np.asarray(out[6], np.float32) == 0).all()
+    assert np.isneginf(residuals.lse[6]).all()
+    # The attention over the listed keys, gathered and computed plainly, for one head of each sequence.
+    indices = selected.indices[:, 0]
+    rows = jnp.arange(b)[:, None]
+    keys, values = (x[rows, indices, 0].astype(jnp.float32) for x in (key, value))
+    scores = 128**-0.5 * jnp.einsum(
+        "bh,bsh->bs", query[:, 0].astype(jnp.float32), keys, precision="highest"
+    )
+    listed = indices >= 0
+    weights = jax.nn.softmax(jnp.where(listed, scores, -1e30), axis=-1)
+    wanted = jnp.einsum(
+        "bs,bsv->bv",
+        jnp.where(listed, weights, 0.0),
+        jnp.where(listed[..., None], values, 0.0),
+        precision="highest",
+    )
+    full = np.asarray(lengths) > 0
+    np.testing.assert_allclose(
+        np.asarray(out[:, 0], np.float32)[full], np.asarray(wanted)[full], rtol=0.01, atol=2e-3
+    )
+
+
+def test_decode_gives_the_same_bits_again_and_in_another_order():
+    query, key, value = decode_inputs(4, 20000, 9, 3, 64, jnp.float32)
+    first = decode(query, key, value, "mosaic_gpu", topk=1000)
+    assert_same_bits(decode(query, key, value, "mosaic_gpu", topk=1000), first)
+    backwards = decode(query[::-1], key[::-1], value[::-1], "mosaic_gpu", topk=1000)
+    assert_same_bits(backwards, jax.tree.map(lambda x: x[::-1], first))
+
+
+def test_decode_takes_a_budget_a_sequence():
+    query, key, value = decode_inputs(4, 3000, 8, 2, 64, jnp.float32, whole=True)
+    topk = jnp.asarray([[1], [30], [299], [5000]], jnp.int32)
+    _, residuals = decode(query, key, value, "mosaic_gpu", topk=topk)
+    _, wanted = decode(query, key, value, "reference", topk=topk)
+    assert_same_bits(residuals.selection, wanted.selection)
+    scores = 64**-0.5 * jnp.einsum(
+        "bkgh,bskh->bkgs", query.reshape(4, 2, 4, 64), key, precision="highest"
+    )
+    kept = selection.selected(
+        scores.reshape(4, 8, 3000),
+        jnp.ones((4, 8, 3000), bool),
+        residuals.selection.threshold,
+        residuals.selection.tie_cut,
+    )
+    np.testing.assert_array_equal(kept.sum(-1), np.minimum(np.asarray(topk), 3000).repeat(8, 1))
