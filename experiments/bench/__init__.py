@@ -1,0 +1,1 @@
+"""How fast is decoding on this machine, against `transformers` with the same weights?"""

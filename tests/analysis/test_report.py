@@ -1,0 +1,107 @@
+"""Reports and plots: escaped, self-contained, the same bytes for the same data."""
+
+import html.parser
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from jaxtopk.analysis.plots import Curve, Panel, draw
+from jaxtopk.analysis.report import Examples, Figure, Section, Table, Text, render
+
+PANEL = Panel(
+    curves=[
+        Curve(
+            label="measured",
+            x=[0.01, 0.1, 1.0],
+            y=[0.2, 0.8, 1.0],
+            low=[0.1, 0.7, 1.0],
+            high=[0.3, 0.9, 1.0],
+        ),
+        Curve(label="bound", x=[0.01, 0.1, 1.0], y=[0.01, 0.1, 1.0], dashed=True),
+    ],
+    x_label="keys kept",
+    y_label="share",
+    y_percent=True,
+)
+
+
+class Balanced(html.parser.HTMLParser):
+    """Fails on a tag that is closed out of turn, and collects what the page would fetch."""
+
+    void = ("meta", "br", "hr", "img", "input", "link", "path", "use", "rect", "circle", "line")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href") and value[0] != "#"
+        ]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+
+def page() -> str:
+    blocks = [
+        Text(text="a <b> & 'c'"),
+        Table(header=["name", "x"], rows=[["<script>", "1"]], caption="n < 5"),
+        Figure(svg=draw([PANEL]), caption='said "so"'),
+        Examples(context="once\nupon", texts=[("full", "a </dd> time")]),
+    ]
+    return render("Title & more", "Lead <i>.", [Section(heading="H <2>", blocks=blocks)])
+
+
+def test_a_page_is_well_formed_and_fetches_nothing():
+    parser = Balanced()
+    parser.feed(page())
+    assert parser.open == []
+    assert parser.fetched == []
+
+
+def test_text_of_any_kind_is_escaped():
+    written = page()
+    for raw in ("<script>", "a <b>", "a </dd>", "n < 5", "Lead <i>", "H <2>", '"so"'):
+        assert raw not in written
+    for escaped in (
+        "&lt;script&gt;",
+        "a &lt;b&gt; &amp;",
+        "Title &amp; more",
+        "said &quot;so&quot;",
+    ):
+        assert escaped in written
+
+
+def test_a_row_of_another_length_and_a_figure_without_svg_are_refused():
+    with pytest.raises(ValueError, match="rows: got 1 cells, wanted 2"):
+        Table(header=["a", "b"], rows=[["1"]])
+    with pytest.raises(ValueError, match="svg: got 'png'"):
+        Figure(svg="png", caption="").html()
+
+
+def test_a_plot_shows_its_labels_and_points_and_is_reproducible():
+    svg = draw([PANEL, PANEL], description="rows 0123")
+    assert draw([PANEL, PANEL], description="rows 0123") == svg
+    texts = [
+        element.text for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    for wanted in ("measured", "bound", "keys kept", "share", "1%", "10%", "100%"):
+        assert texts.count(wanted) >= 2, wanted  # once a panel
+    assert "rows 0123" in svg
+
+
+def test_a_plot_moves_with_its_data():
+    low = draw([PANEL])
+    curve = Curve(label="measured", x=[0.01, 0.1, 1.0], y=[0.2, 0.5, 1.0])
+    assert draw([Panel(curves=[curve], x_label="keys kept", y_label="share")]) != low
