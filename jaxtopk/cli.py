@@ -17,7 +17,11 @@ class _Entry(typing.NamedTuple):
 
 
 _COMMANDS = {
-    "generate": _Entry("jaxtopk.commands.generate", "GenerateCommand", "continue prompts under full or Top-k attention"),
+    "generate": _Entry(
+        "jaxtopk.commands.generate",
+        "GenerateCommand",
+        "continue prompts under full or Top-k attention",
+    ),
 }
 
 

@@ -9,10 +9,14 @@ from pallas_kernels.core.interpret import interpret_mode as interpret_mode
 from pallas_kernels.core.online_softmax import merge_attention as merge_attention
 from pallas_kernels.core.selection import TopKSelection as TopKSelection
 from pallas_kernels.core.selection import budget_from_ratio as budget_from_ratio
-from pallas_kernels.ops.gather_attention.api import GatherAttentionResiduals as GatherAttentionResiduals
+from pallas_kernels.ops.gather_attention.api import (
+    GatherAttentionResiduals as GatherAttentionResiduals,
+)
 from pallas_kernels.ops.gather_attention.api import gather_attention as gather_attention
 from pallas_kernels.ops.topk_attention.api import TopKAttentionResiduals as TopKAttentionResiduals
 from pallas_kernels.ops.topk_attention.api import topk_attention as topk_attention
 from pallas_kernels.ops.topk_decode_attention.api import TopKDecodeResiduals as TopKDecodeResiduals
-from pallas_kernels.ops.topk_decode_attention.api import topk_decode_attention as topk_decode_attention
+from pallas_kernels.ops.topk_decode_attention.api import (
+    topk_decode_attention as topk_decode_attention,
+)
 from pallas_kernels.ops.topk_select.api import topk_select as topk_select

@@ -44,14 +44,18 @@ def assert_accurate(got, oracle, *, naive=None, name: str = "result", dtype=None
     assert value.shape == exact.shape, f"{name}: got shape {value.shape}, wanted {exact.shape}"
     finite = np.isfinite(exact)
     np.testing.assert_array_equal(
-        np.where(finite, 0, exact), np.where(np.isfinite(value), 0, value), err_msg=f"{name}: non-finite positions"
+        np.where(finite, 0, exact),
+        np.where(np.isfinite(value), 0, value),
+        err_msg=f"{name}: non-finite positions",
     )
     if not finite.any():
         return
     error, largest = np.abs(value[finite] - exact[finite]), np.abs(exact[finite]).max()
     if dtype in _RELATIVE:
         bound = _RELATIVE[dtype] * largest
-        assert error.max() <= bound, f"{name}: max error {error.max():.3g}, wanted at most {bound:.3g} ({dtype})"
+        assert error.max() <= bound, (
+            f"{name}: max error {error.max():.3g}, wanted at most {bound:.3g} ({dtype})"
+        )
         return
     assert naive is not None, f"{name}: a result in {dtype} is judged beside a naive one; got None"
     ulp = float(jnp.finfo(dtype).eps) * largest
@@ -60,10 +64,14 @@ def assert_accurate(got, oracle, *, naive=None, name: str = "result", dtype=None
     for measure, ratio, label in ((rms, _RMS_RATIO, "RMS"), (np.max, _MAX_RATIO, "max")):
         bound = max(ratio * float(measure(other)), ulp)
         found = float(measure(error))
-        assert found <= bound, f"{name}: {label} error {found:.3g}, wanted at most {bound:.3g} ({dtype})"
+        assert found <= bound, (
+            f"{name}: {label} error {found:.3g}, wanted at most {bound:.3g} ({dtype})"
+        )
 
 
-def assert_same_selection(got: TopKSelection, want: TopKSelection, scores=None, *, name: str = "selection") -> None:
+def assert_same_selection(
+    got: TopKSelection, want: TopKSelection, scores=None, *, name: str = "selection"
+) -> None:
     """Checks that two selections of the same rows agree.
 
     Args:
@@ -91,21 +99,29 @@ def assert_same_selection(got: TopKSelection, want: TopKSelection, scores=None, 
         mine, theirs = (np.sort(score[x[x >= 0]]) for x in (mine, theirs))
         if mine.size:
             np.testing.assert_array_max_ulp(mine, theirs, maxulp=1)
-        assert mine.size == theirs.size, f"{name}: row {row} lists {mine.size} keys, wanted {theirs.size}"
+        assert mine.size == theirs.size, (
+            f"{name}: row {row} lists {mine.size} keys, wanted {theirs.size}"
+        )
 
 
 def assert_well_formed(selection: TopKSelection, *, name: str = "selection") -> None:
     """Checks what holds for every selection: ascending lists with -1 only at the tail, and the marks of empty rows."""
     count = np.asarray(selection.count)
     empty = count == 0
-    assert (np.asarray(selection.threshold)[empty] == np.inf).all(), f"{name}: an empty row's threshold is not +inf"
-    assert (np.asarray(selection.tie_cut)[empty] == -1).all(), f"{name}: an empty row's tie_cut is not -1"
+    assert (np.asarray(selection.threshold)[empty] == np.inf).all(), (
+        f"{name}: an empty row's threshold is not +inf"
+    )
+    assert (np.asarray(selection.tie_cut)[empty] == -1).all(), (
+        f"{name}: an empty row's tie_cut is not -1"
+    )
     if selection.indices is None:
         return
     indices = np.asarray(selection.indices)
     place = np.arange(indices.shape[-1])
     listed = place < count[..., None]
-    assert ((indices >= 0) == listed).all(), f"{name}: -1 is not exactly the tail after `count` entries"
+    assert ((indices >= 0) == listed).all(), (
+        f"{name}: -1 is not exactly the tail after `count` entries"
+    )
     rising = np.diff(indices, axis=-1) > 0
     assert (rising | ~listed[..., 1:]).all(), f"{name}: a list does not ascend"
 
@@ -113,7 +129,9 @@ def assert_well_formed(selection: TopKSelection, *, name: str = "selection") -> 
 def assert_deterministic(run: Callable[..., Any], *args) -> None:
     """Checks that two runs of a function agree to the bit, NaN included."""
     first, second = (jax.tree.map(np.asarray, jax.block_until_ready(run(*args))) for _ in range(2))
-    for (path, x), (_, y) in zip(*map(jax.tree_util.tree_leaves_with_path, (first, second)), strict=True):
+    for (path, x), (_, y) in zip(
+        *map(jax.tree_util.tree_leaves_with_path, (first, second)), strict=True
+    ):
         assert x.tobytes() == y.tobytes(), f"two runs differ at {jax.tree_util.keystr(path)}"
 
 
@@ -135,12 +153,15 @@ def adversarial_scores(num_keys: int, topk: int, *, seed: int = 0) -> dict[str, 
         "ascending": index - num_keys / 2,
         "descending": num_keys / 2 - index,
         "one hot": index == num_keys // 2,
-        "duplicates across the last place": np.where(index % max(num_keys // max(topk, 1), 1) < 2, 1.0, normal / 8),
+        "duplicates across the last place": np.where(
+            index % max(num_keys // max(topk, 1), 1) < 2, 1.0, normal / 8
+        ),
         "few values": rng.integers(-2, 3, num_keys),
         "periodic": np.sin(index % 128),
         "all large in one tile": np.where(index // 128 == num_keys // 256, 10 + normal, normal),
         "huge range": normal * np.float32(10.0) ** rng.integers(-30, 31, num_keys),
-        "adjacent floats": np.float32(1) + np.float32(2**-23) * rng.integers(0, 4, num_keys).astype(np.float32),
+        "adjacent floats": np.float32(1)
+        + np.float32(2**-23) * rng.integers(0, 4, num_keys).astype(np.float32),
     }
     return {name: np.asarray(row, np.float32) for name, row in rows.items()}
 

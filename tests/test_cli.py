@@ -27,7 +27,10 @@ def folder(tmp_path_factory) -> str:
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens([tokenizers.AddedToken("<end>", special=True)])
     backend.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<end>", "chat_template": "{% for m in messages %}[{{ m.content }}]{% endfor %}"}
+    settings = {
+        "eos_token": "<end>",
+        "chat_template": "{% for m in messages %}[{{ m.content }}]{% endfor %}",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return str(folder)
 
@@ -51,7 +54,9 @@ def _refusal(capsys, *arguments: str) -> str:
 
 def test_help_lists_the_commands_that_exist_without_importing_jax():
     script = "import sys; from jaxtopk.cli import main; code = main(['--help']); sys.exit(code or 'jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
     assert "simulate" not in done.stdout  # promised, but not there yet
@@ -62,14 +67,19 @@ def test_flags_are_read_without_importing_jax():
         "import sys\nfrom jaxtopk.cli import main\n"
         "try:\n    main(['generate', '--help'])\nexcept SystemExit as end:\n    sys.exit(end.code or 'jax' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "--topk-ratio" in done.stdout
 
 
 def test_an_unknown_command_is_refused_and_the_known_ones_named(capsys):
     assert cli.main(["simulat"]) == 2
-    assert capsys.readouterr().err == "jaxtopk: error: command: got 'simulat', wanted one of generate\n"
+    assert (
+        capsys.readouterr().err
+        == "jaxtopk: error: command: got 'simulat', wanted one of generate\n"
+    )
 
 
 def test_no_command_prints_the_usage_and_fails(capsys):
@@ -94,7 +104,10 @@ def test_every_way_to_give_a_prompt_gives_the_same_text(capsys, folder, tmp_path
     expected = _run(capsys, "hello", "--model", folder, *SHORT)[1]
     (tmp_path / "prompt.txt").write_text("hello")
     assert _run(capsys, "--prompt", "hello", "--model", folder, *SHORT)[1] == expected
-    assert _run(capsys, "--prompt-file", str(tmp_path / "prompt.txt"), "--model", folder, *SHORT)[1] == expected
+    assert (
+        _run(capsys, "--prompt-file", str(tmp_path / "prompt.txt"), "--model", folder, *SHORT)[1]
+        == expected
+    )
     assert _run(capsys, "hello", "--model", folder, "--stream", *SHORT)[1] == expected
     with (tmp_path / "prompt.txt").open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -105,8 +118,19 @@ def test_every_way_to_give_a_prompt_gives_the_same_text(capsys, folder, tmp_path
 
 def test_flags_of_attention_reach_the_model(capsys, folder):
     full = _run(capsys, "a longer prompt", "--model", folder, "--max-new-tokens", "12")[1]
-    everything = _run(capsys, "a longer prompt", "--model", folder, "--max-new-tokens", "12", "--topk-ratio", "1.0")[1]
-    sparse = _run(capsys, "a longer prompt", "--model", folder, "--max-new-tokens", "12", "--topk", "1")[1]
+    everything = _run(
+        capsys,
+        "a longer prompt",
+        "--model",
+        folder,
+        "--max-new-tokens",
+        "12",
+        "--topk-ratio",
+        "1.0",
+    )[1]
+    sparse = _run(
+        capsys, "a longer prompt", "--model", folder, "--max-new-tokens", "12", "--topk", "1"
+    )[1]
     exempt = _run(
         capsys, "a longer prompt", "--model", folder, "--max-new-tokens", "12", "--topk", "1", "--layers", "2", "0",
         "--implementation", "reference", "--scope", "group", "--sparse-suffix", "3",
@@ -122,12 +146,18 @@ def test_a_run_folder_holds_config_results_and_a_report(capsys, folder, tmp_path
         "--out", str(out), *SHORT,
     )  # fmt: skip
     assert code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "report.html", "results.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "report.html",
+        "results.jsonl",
+    ]
     config = json.loads((out / "config.json").read_text())
     assert (config["seed"], config["attention"]["topk"], config["temperature"]) == (4, 3, 0.9)
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["hello", "good <b>bye"]
-    assert all(row["completion"] in text and 0 < row["new_tokens"] == len(row["tokens"]) for row in rows)
+    assert all(
+        row["completion"] in text and 0 < row["new_tokens"] == len(row["tokens"]) for row in rows
+    )
     assert rows[0]["attention"]["topk"] == 3
     report = (out / "report.html").read_text()
     assert "good &lt;b&gt;bye" in report
@@ -135,7 +165,10 @@ def test_a_run_folder_holds_config_results_and_a_report(capsys, folder, tmp_path
 
 def test_a_run_that_fails_leaves_no_folder(capsys, folder, tmp_path):
     message = _refusal(capsys, "x" * 70, "--model", folder, "--out", str(tmp_path / "runs"), *SHORT)
-    assert message == "prompt 0: got 70 tokens + 5 new ones = 75, wanted at most the model's context of 64"
+    assert (
+        message
+        == "prompt 0: got 70 tokens + 5 new ones = 75, wanted at most the model's context of 64"
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -143,14 +176,29 @@ def test_a_run_that_fails_leaves_no_folder(capsys, folder, tmp_path):
     ("arguments", "message"),
     [
         (["x", "--topk", "0"], "TopKAttention: topk got 0, wanted an int >= 1"),
-        (["x", "--topk-ratio", "1.5"], "TopKAttention: topk_ratio got 1.5, wanted a number in (0, 1]"),
-        (["x", "--topk", "3", "--topk-ratio", "0.5"], "TopKAttention: got topk 3 and topk_ratio 0.5"),
+        (
+            ["x", "--topk-ratio", "1.5"],
+            "TopKAttention: topk_ratio got 1.5, wanted a number in (0, 1]",
+        ),
+        (
+            ["x", "--topk", "3", "--topk-ratio", "0.5"],
+            "TopKAttention: got topk 3 and topk_ratio 0.5",
+        ),
         (["x", "--attention", "topk"], "TopKAttention: got topk None and topk_ratio None"),
-        (["x", "--scope", "group", "--layers", "1"], "scope, layers: got a value for full attention"),
+        (
+            ["x", "--scope", "group", "--layers", "1"],
+            "scope, layers: got a value for full attention",
+        ),
         (["x", "--attention", "full", "--topk", "3"], "topk: got a value for full attention"),
         (["x", "--topk", "3", "--layers", "9"], "TopKAttention: layers got 9, wanted 0 to 2"),
-        (["x", "--topk", "3", "--implementation", "cuda"], "topk_decode_attention: implementation got 'cuda'"),
-        (["x", "--topk", "3", "--implementation", "mosaic_tpu"], "topk_decode_attention: implementation 'mosaic_tpu' got device platform 'cpu'"),
+        (
+            ["x", "--topk", "3", "--implementation", "cuda"],
+            "topk_decode_attention: implementation got 'cuda'",
+        ),
+        (
+            ["x", "--topk", "3", "--implementation", "mosaic_tpu"],
+            "topk_decode_attention: implementation 'mosaic_tpu' got device platform 'cpu'",
+        ),
         (["x", "--temperature", "-1"], "temperature: got -1.0, wanted a number of at least 0"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens: got 0, wanted an int of at least 1"),
         ([""], "prompt 0: got an empty one, wanted at least one token"),
@@ -180,7 +228,9 @@ def test_a_truncated_model_is_refused(capsys, folder, tmp_path):
 
 def test_an_output_path_that_is_a_file_is_refused_before_any_work(capsys, tmp_path):
     (tmp_path / "taken").write_text("")
-    assert "out: got" in _refusal(capsys, "x", "--model", "never looked at", "--out", str(tmp_path / "taken"))
+    assert "out: got" in _refusal(
+        capsys, "x", "--model", "never looked at", "--out", str(tmp_path / "taken")
+    )
 
 
 def test_the_traceback_is_there_on_request(capsys, monkeypatch):

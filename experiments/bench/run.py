@@ -157,7 +157,7 @@ def _our_sides(model, prompt: list[int], arguments: Arguments) -> dict[str, Call
         return tokens[:, 0], dataclasses.replace(after, lengths=cache.lengths)
 
     unstacked = model.unstacked()
-    sides = {}
+    sides: dict[str, Callable[[], dict]] = {}
     for name, strategy in (
         ("jaxtopk, full attention", FullAttention()),
         (
@@ -194,10 +194,13 @@ def _peer(
         text=True,
         bufsize=1,
     )
+    questions, answers = worker.stdin, worker.stdout
+    assert questions is not None  # both are pipes
+    assert answers is not None
 
     def ask(line: str) -> dict:
-        worker.stdin.write(line + "\n")
-        answer = worker.stdout.readline()
+        questions.write(line + "\n")
+        answer = answers.readline()
         if not answer:
             raise RuntimeError(
                 f"transformers: ended with exit code {worker.wait()}; its message is above"
@@ -207,9 +210,9 @@ def _peer(
     try:
         yield ask, ask(json.dumps({"folder": str(folder), "prompt": prompt, "steps": steps}))
     finally:
-        worker.stdin.close()
+        questions.close()
         worker.wait()
-        worker.stdout.close()
+        answers.close()
 
 
 def _take_turns(

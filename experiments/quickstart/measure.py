@@ -47,7 +47,7 @@ class Job:
 
 
 class Followed(NamedTuple):
-    """What followed a prompt under one setting, one entry a token.
+    """What followed a prompt under one setting, one entry a token; JAX arrays inside the loop, NumPy once fetched.
 
     tokens: given or drawn.
     log_probs: of those tokens, natural logarithm.
@@ -55,10 +55,10 @@ class Followed(NamedTuple):
     attended: keys in the softmax, mean over layers and heads.
     """
 
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    mass: np.ndarray
-    attended: np.ndarray
+    tokens: np.ndarray | jax.Array
+    log_probs: np.ndarray | jax.Array
+    mass: np.ndarray | jax.Array
+    attended: np.ndarray | jax.Array
 
 
 def windows(sources: Sources, config: QuickstartConfig, context: int) -> list[Job]:

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import results
+from experiments.results import Row
 from jaxtopk.analysis import plots
 from jaxtopk.analysis.report import Examples, Figure, Section, Table, Text, render
-
-type Row = Mapping[str, Any]
 
 _TASK_TITLES = {
     "niah": "needle",
@@ -145,7 +144,7 @@ def figure(rows: Sequence[Row]) -> str:
             y_label="",
             title="Quality",
             y_percent=True,
-            y_range=(0, 1.08),
+            y_range=(0.0, 1.08),
         ),
         plots.Panel(
             curves=kept,
@@ -153,7 +152,7 @@ def figure(rows: Sequence[Row]) -> str:
             y_label="",
             title="What is kept",
             y_percent=True,
-            y_range=(0, 1.08),
+            y_range=(0.0, 1.08),
         ),
     ]
     return plots.draw(panels, description=f"rows {results.digest(list(rows))}")

@@ -92,7 +92,7 @@ def jsonable(value: Any) -> Any:
 
     A dataclass becomes its fields and, under "type", its name, since alternatives in a config are told apart by class.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(type(value)):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__, **jsonable(fields)}
     if isinstance(value, Mapping):

@@ -1,6 +1,7 @@
 """Dense attention: the control of every study, and what exempt layers and prompt rows run."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ from jaxtopk.attention.base import AttentionStrategy
 from pallas_kernels.core.platform import target_platform
 
 _CHUNK_BYTES = 2**28  # float32 scores that the chunked path holds at a time
+_PIECE_ROWS = (
+    128  # rows that share a slice of the keys; more of them where there would be too many pieces
+)
+_MAX_PIECES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,16 @@ class FullAttention(AttentionStrategy):
     """
 
     def attend(
-        self, query, key, value, *, scale=None, window=None, lengths=None, segment_ids=None, sparse_rows=None
+        self,
+        query,
+        key,
+        value,
+        *,
+        scale=None,
+        window=None,
+        lengths=None,
+        segment_ids=None,
+        sparse_rows=None,
     ):
         """See `AttentionStrategy.attend`; `sparse_rows` changes nothing here."""
         del sparse_rows
@@ -29,7 +43,11 @@ class FullAttention(AttentionStrategy):
         s = key.shape[1]
         if segment_ids is None and t == s and _has_cudnn(query, value):
             local = None if window is None else (window - 1, 0)
-            lengths_kv = {} if lengths is None else dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+            lengths_kv = (
+                {}
+                if lengths is None
+                else dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+            )
             return jax.nn.dot_product_attention(
                 query,
                 key,
@@ -40,40 +58,82 @@ class FullAttention(AttentionStrategy):
                 implementation="cudnn",
                 **lengths_kv,
             )
-        position = jnp.arange(t, dtype=jnp.int32) + (s - t)
-        index = jnp.arange(s, dtype=jnp.int32)
-
-        def rows(query, position, segments):
-            mask = index[None, None, :] <= position[None, :, None]
-            if window is not None:
-                mask &= index[None, None, :] > position[None, :, None] - window
-            if lengths is not None:
-                mask = mask & (index[None, None, :] < lengths[:, None, None])
-            if segments is not None:
-                mask = mask & (segments[:, :, None] == segment_ids[:, None, :])
-            return _masked_attention(query, key, value, mask, scale)
-
-        chunk = max(8, _CHUNK_BYTES // (4 * b * n * s) // 8 * 8)
-        if chunk >= t:
-            return rows(query, position, segment_ids)
-        # Whole chunks under a scan, the remainder on its own: no padded rows.
-        whole = t // chunk * chunk
-        split = lambda x: jnp.moveaxis(x[:, :whole].reshape(b, whole // chunk, chunk, *x.shape[2:]), 1, 0)
-        xs = (split(query), position[:whole].reshape(-1, chunk), None if segment_ids is None else split(segment_ids))
-        out = lax.map(jax.checkpoint(lambda x: rows(*x)), xs)
-        out = jnp.moveaxis(out, 0, 1).reshape(b, whole, n, -1)
-        if whole == t:
-            return out
-        tail = rows(query[:, whole:], position[whole:], None if segment_ids is None else segment_ids[:, whole:])
-        return jnp.concatenate([out, tail], axis=1)
+        # Pieces of rows, each against the keys its rows can see: causal attention at about half the dense cost, and
+        # scores that stay in a CPU's caches.
+        piece = max(_PIECE_ROWS, -(-t // _MAX_PIECES))
+        # Backward, all pieces would keep their scores; recompute them where together they are too large.
+        remat = jax.checkpoint if 4 * b * n * t * s > _CHUNK_BYTES else lambda f: f
+        outs = []
+        for start in range(0, t, piece):
+            stop = min(start + piece, t)
+            first = 0 if window is None else max(0, start + (s - t) - window + 1)
+            last = max(stop + (s - t), first + 1)
+            attend = functools.partial(
+                _attend_rows, offset=start + (s - t) - first, window=window, scale=scale
+            )
+            outs.append(
+                remat(attend)(
+                    query[:, start:stop],
+                    key[:, first:last],
+                    value[:, first:last],
+                    None if lengths is None else lengths - first,
+                    None if segment_ids is None else segment_ids[:, start:stop],
+                    None if segment_ids is None else segment_ids[:, first:last],
+                )
+            )
+        return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
     def decode(self, query, key, value, *, lengths, scale=None, window=None):
-        """See `AttentionStrategy.decode`."""
+        """See `AttentionStrategy.decode`. Values past `lengths` get weight 0, so they have to be finite, as a cache's are."""
         index = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         mask = index < lengths[:, None]
         if window is not None:
             mask &= index >= lengths[:, None] - window
         return _masked_attention(query[:, None], key, value, mask[:, None, :], scale)[:, 0]
+
+
+def _attend_rows(
+    query, key, value, lengths, query_segments, key_segments, *, offset, window, scale
+):
+    """Attends rows whose first one is aligned with key `offset`, a chunk of them at a time so that scores stay small."""
+    b, t, n, _ = query.shape
+    s = key.shape[1]
+    position = jnp.arange(t, dtype=jnp.int32) + offset
+    index = jnp.arange(s, dtype=jnp.int32)
+
+    def rows(query, position, segments):
+        mask = index[None, None, :] <= position[None, :, None]
+        if window is not None:
+            mask &= index[None, None, :] > position[None, :, None] - window
+        if lengths is not None:
+            mask = mask & (index[None, None, :] < lengths[:, None, None])
+        if segments is not None:
+            mask = mask & (segments[:, :, None] == key_segments[:, None, :])
+        return _masked_attention(query, key, value, mask, scale)
+
+    chunk = max(8, _CHUNK_BYTES // (4 * b * n * s) // 8 * 8)
+    if chunk >= t:
+        return rows(query, position, query_segments)
+    # Whole chunks under a scan, the remainder on its own: no padded rows.
+    whole = t // chunk * chunk
+    split = lambda x: jnp.moveaxis(
+        x[:, :whole].reshape(b, whole // chunk, chunk, *x.shape[2:]), 1, 0
+    )
+    xs = (
+        split(query),
+        position[:whole].reshape(-1, chunk),
+        None if query_segments is None else split(query_segments),
+    )
+    out = lax.map(jax.checkpoint(lambda x: rows(*x)), xs)
+    out = jnp.moveaxis(out, 0, 1).reshape(b, whole, n, -1)
+    if whole == t:
+        return out
+    tail = rows(
+        query[:, whole:],
+        position[whole:],
+        None if query_segments is None else query_segments[:, whole:],
+    )
+    return jnp.concatenate([out, tail], axis=1)
 
 
 def _masked_attention(query, key, value, mask, scale):
@@ -106,7 +166,9 @@ def _row_products(query, key, value):
     s = key.shape[1]
     own = jnp.eye(heads, dtype=query.dtype)
     spread = jnp.einsum("bkgh,kc->bkgch", query, own).reshape(b, heads * g, heads * h)
-    scores = _einsum("bnc,bsc->bns", spread, key.reshape(b, s, heads * h)).reshape(b, 1, heads, g, s)
+    scores = _einsum("bnc,bsc->bns", spread, key.reshape(b, s, heads * h)).reshape(
+        b, 1, heads, g, s
+    )
 
     def mix(weights):
         mixed = _einsum("bns,bsc->bnc", weights.reshape(b, heads * g, s), value.reshape(b, s, -1))

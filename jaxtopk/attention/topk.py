@@ -1,8 +1,9 @@
 """Exact Top-k attention: each row attends to its k best keys, in decoding and, where asked, in every row."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
+import jax
 import jax.numpy as jnp
 
 import pallas_kernels
@@ -52,31 +53,48 @@ class TopKAttention(AttentionStrategy):
                 raise ValueError(f"TopKAttention: {name} got (), wanted at least one budget")
         for topk in _each(self.topk):
             if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk < 2**31:
-                raise ValueError(f"TopKAttention: topk got {topk!r}, wanted an int >= 1 and below 2**31")
+                raise ValueError(
+                    f"TopKAttention: topk got {topk!r}, wanted an int >= 1 and below 2**31"
+                )
         for ratio in _each(self.topk_ratio):
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-                raise ValueError(f"TopKAttention: topk_ratio got {ratio!r}, wanted a number in (0, 1]")
+                raise ValueError(
+                    f"TopKAttention: topk_ratio got {ratio!r}, wanted a number in (0, 1]"
+                )
         if self.min_topk < 1:
             raise ValueError(f"TopKAttention: min_topk got {self.min_topk}, wanted at least 1")
         if self.sparse_suffix < 0:
-            raise ValueError(f"TopKAttention: sparse_suffix got {self.sparse_suffix}, wanted at least 0")
+            raise ValueError(
+                f"TopKAttention: sparse_suffix got {self.sparse_suffix}, wanted at least 0"
+            )
         for name, wanted in (
             ("scope", ("head", "group", "layer")),
             ("pooling", ("prob_sum", "prob_max", "score_mean", "score_max")),
             ("prefill", ("full", "topk")),
         ):
             if (got := getattr(self, name)) not in wanted:
-                raise ValueError(f"TopKAttention: {name} got {got!r}, wanted one of {', '.join(map(repr, wanted))}")
+                raise ValueError(
+                    f"TopKAttention: {name} got {got!r}, wanted one of {', '.join(map(repr, wanted))}"
+                )
 
     def attend(
-        self, query, key, value, *, scale=None, window=None, lengths=None, segment_ids=None, sparse_rows=None
+        self,
+        query,
+        key,
+        value,
+        *,
+        scale=None,
+        window=None,
+        lengths=None,
+        segment_ids=None,
+        sparse_rows=None,
     ):
         """See `AttentionStrategy.attend`: every row keeps its own budget of keys."""
         if isinstance(self.topk_ratio, tuple):
             raise ValueError(
                 f"TopKAttention: topk_ratio got {self.topk_ratio} for whole sequences, wanted one number (tuples are for decoding)"
             )
-        return pallas_kernels.topk_attention(
+        out = pallas_kernels.topk_attention(
             query,
             key,
             value,
@@ -94,10 +112,12 @@ class TopKAttention(AttentionStrategy):
             scale=scale,
             implementation=self.implementation,
         )
+        return cast(jax.Array, out)  # a pair only with residuals
 
     def decode(self, query, key, value, *, lengths, scale=None, window=None):
         """See `AttentionStrategy.decode`."""
-        return self._decode(query, key, value, lengths, scale, window, return_residuals=False)
+        out = self._decode(query, key, value, lengths, scale, window, return_residuals=False)
+        return cast(jax.Array, out)  # a pair only with residuals
 
     def decode_with_residuals(self, query, key, value, *, lengths, scale=None, window=None):
         """Returns what `decode` returns and the `TopKDecodeResiduals` of the rows: what was kept, and its log-sum-exp."""
@@ -147,7 +167,9 @@ class TopKAttention(AttentionStrategy):
 
     def _check_batch(self, settings: int, batch: int) -> None:
         if batch % settings:
-            raise ValueError(f"TopKAttention: got {settings} budgets for a batch of {batch}, wanted a divisor of the batch")
+            raise ValueError(
+                f"TopKAttention: got {settings} budgets for a batch of {batch}, wanted a divisor of the batch"
+            )
 
     def _per_row(self, topk, batch: int):
         """Returns the fixed budget as the kernels take it; sequence b has budget b modulo the tuple's length."""

@@ -78,13 +78,17 @@ class GenerateCommand:
             from jaxtopk.decoding.sampling import SamplingConfig
 
             strategy = self.attention.build()
-            sampling = SamplingConfig(temperature=self.temperature, top_p=self.top_p, min_p=self.min_p)
+            sampling = SamplingConfig(
+                temperature=self.temperature, top_p=self.top_p, min_p=self.min_p
+            )
             loops.check_new_tokens(self.max_new_tokens)
             self.model.select_device()
             progress.update(task, description=f"loading {self.model.model}")
             model, tokenizer = self.model.load(strategy)
             progress.update(task, description="reading the prompt")
-            completions, timing = self._complete(model, tokenizer, prompts, sampling, progress, task)
+            completions, timing = self._complete(
+                model, tokenizer, prompts, sampling, progress, task
+            )
         self._print(prompts, completions)
         sys.stderr.write(timing.summary() + "\n")
         if folder is not None:
@@ -98,8 +102,12 @@ class GenerateCommand:
         from_stdin = self.prompt_file == pathlib.Path("-")
         if self.prompt_file is not None and not from_stdin:
             if not self.prompt_file.is_file():
-                raise FileNotFoundError(f"prompt_file: got {self.prompt_file}, wanted an existing file")
-            prompts.append(_decode(self.prompt_file.read_bytes(), f"prompt_file {self.prompt_file}"))
+                raise FileNotFoundError(
+                    f"prompt_file: got {self.prompt_file}, wanted an existing file"
+                )
+            prompts.append(
+                _decode(self.prompt_file.read_bytes(), f"prompt_file {self.prompt_file}")
+            )
         elif from_stdin or (not prompts and not sys.stdin.isatty()):
             prompts.append(_decode(sys.stdin.buffer.read(), "standard input"))
         if not prompts:
@@ -109,7 +117,9 @@ class GenerateCommand:
                 raise ValueError(f"prompt {index}: got an empty one, wanted at least one token")
         return prompts
 
-    def _complete(self, model, tokenizer, prompts, sampling, progress, task) -> "tuple[list[Completion], _Timing]":
+    def _complete(
+        self, model, tokenizer, prompts, sampling, progress, task
+    ) -> "tuple[list[Completion], _Timing]":
         from jaxtopk.decoding.generate import complete
 
         begin = time.perf_counter()
@@ -120,7 +130,9 @@ class GenerateCommand:
             if self.stream:
                 progress.stop()  # the text itself shows the progress
             else:
-                progress.update(task, description="decoding", total=self.max_new_tokens, completed=drawn)
+                progress.update(
+                    task, description="decoding", total=self.max_new_tokens, completed=drawn
+                )
 
         def on_text(index: int, piece: str) -> None:
             sys.stdout.write(piece)
@@ -178,10 +190,14 @@ class _Timing:
 
     new_tokens: int
     seconds: float  # everything after loading, compilation included
-    tokens_per_second: float | None  # of the batch, after the first slice of the loop; None: there was no other
+    tokens_per_second: (
+        float | None
+    )  # of the batch, after the first slice of the loop; None: there was no other
 
     @classmethod
-    def of(cls, new_tokens: int, begin: float, end: float, marks: Sequence[tuple[int, float]]) -> "_Timing":
+    def of(
+        cls, new_tokens: int, begin: float, end: float, marks: Sequence[tuple[int, float]]
+    ) -> "_Timing":
         # The first slice of the loop compiles it, so the rate is taken from where that slice ended.
         rate = None
         if len(marks) > 2 and marks[-1][1] > marks[1][1]:
@@ -215,7 +231,9 @@ def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: got bytes that are no UTF-8 at {error.start}, wanted UTF-8 text") from None
+        raise ValueError(
+            f"{name}: got bytes that are no UTF-8 at {error.start}, wanted UTF-8 text"
+        ) from None
 
 
 def _shorten(text: str, width: int = 72) -> str:
@@ -231,14 +249,24 @@ def _report(rows: Sequence[dict[str, Any]]) -> str:
     table = report.Table(
         header=header,
         rows=[
-            (_shorten(row["prompt"], 48), str(row["prompt_tokens"]), str(row["new_tokens"]), row["finish"])
+            (
+                _shorten(row["prompt"], 48),
+                str(row["prompt_tokens"]),
+                str(row["new_tokens"]),
+                row["finish"],
+            )
             for row in rows
         ],
         caption=f"{first['batch_seconds']:.1f} s for the batch, compilation included, on {first['device']}.",
     )
-    examples = [report.Examples(context=row["prompt"], texts=[("text", row["completion"])]) for row in rows]
+    examples = [
+        report.Examples(context=row["prompt"], texts=[("text", row["completion"])]) for row in rows
+    ]
     return report.render(
         "Generated text",
         f"{len(rows)} completion{'s' if len(rows) > 1 else ''} under {first['attention']}.",
-        [report.Section(heading="Overview", blocks=[table]), report.Section(heading="Texts", blocks=examples)],
+        [
+            report.Section(heading="Overview", blocks=[table]),
+            report.Section(heading="Texts", blocks=examples),
+        ],
     )

@@ -39,7 +39,9 @@ class ModelOptions:
         try:
             jax.devices()
         except RuntimeError as error:
-            raise ValueError(f"device: got {self.device}, which JAX cannot use here ({error})") from None
+            raise ValueError(
+                f"device: got {self.device}, which JAX cannot use here ({error})"
+            ) from None
 
     def load(self, attention: "AttentionStrategy") -> "tuple[DecoderLM, Tokenizer]":
         """Loads the model, with this strategy, and its tokenizer."""
@@ -70,7 +72,9 @@ class AttentionOptions:
     """How many last prompt tokens are Top-k rows although the prefill is full; the default is 1."""
     layers: tuple[int, ...] | None = None
     """The layers that are sparse; the default is all."""
-    implementation: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
+    implementation: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = (
+        None
+    )
     """reference, xla, mosaic_tpu or mosaic_gpu, or several in order of preference; the default is the device's own order."""
 
     def build(self) -> "AttentionStrategy":
@@ -89,7 +93,9 @@ class AttentionOptions:
         budget = "topk" in given or "topk_ratio" in given
         if self.attention == "full" or (self.attention is None and not budget):
             if given:
-                raise ValueError(f"{', '.join(given)}: got a value for full attention, wanted --topk or --topk-ratio too")
+                raise ValueError(
+                    f"{', '.join(given)}: got a value for full attention, wanted --topk or --topk-ratio too"
+                )
             return FullAttention()
         names = given.get("implementation")
         if names is not None and len(names) == 1:

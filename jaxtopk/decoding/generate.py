@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,9 @@ class Completion:
     """What followed one prompt."""
 
     text: str  # without the end token or the stop string
-    tokens: tuple[int, ...]  # drawn, without the end token; up to the one that completed a stop string
+    tokens: tuple[
+        int, ...
+    ]  # drawn, without the end token; up to the one that completed a stop string
     prompt_tokens: int
     finish: Literal["end_token", "stop", "length"]
 
@@ -79,9 +81,11 @@ def generate(
         range; the model has no chat template. Raised before any work.
     """
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
-    batch = [prompts] if single else list(prompts)
+    batch = cast(list[Prompt], [prompts] if single else list(prompts))
     if on_token is not None and len(batch) != 1:
-        raise ValueError(f"on_token: got {len(batch)} prompts, wanted one (complete() tells them apart)")
+        raise ValueError(
+            f"on_token: got {len(batch)} prompts, wanted one (complete() tells them apart)"
+        )
     completions = complete(
         model,
         tokenizer,
@@ -140,7 +144,10 @@ def complete(
     state = loops.start(prefilled, **settings)
     forced = prefilled.forced.shape[1]
     del prefilled  # its cache belongs to the loop now
-    writers = [_Writer(tokenizer, stops, functools.partial(_show, on_text, row)) for row in range(len(encoded))]
+    writers = [
+        _Writer(tokenizer, stops, functools.partial(_show, on_text, row))
+        for row in range(len(encoded))
+    ]
     if on_progress is not None:
         on_progress(0)
     if on_text is not None:
@@ -174,7 +181,9 @@ def complete(
     ]
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], *, chat: bool) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], *, chat: bool
+) -> list[list[int]]:
     """Turns prompts into tokens.
 
     A plain text begins with the token that the tokenizer itself puts before a text, if any. A chat is what the template
@@ -191,7 +200,9 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], *, chat: boo
             raise ValueError(f"prompt {index}: got an empty one, wanted at least one token")
         if chat:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+            ids = tokenizer.encode(
+                tokenizer.apply_chat_template(messages), add_special_tokens=False
+            )
         elif isinstance(prompt, str):
             ids = tokenizer.encode(prompt, add_special_tokens=True)
         else:

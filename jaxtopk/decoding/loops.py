@@ -64,7 +64,9 @@ def decode_forced(
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens: got shape {list(tokens.shape)}, wanted [B, T] with T >= 1")
     _check_room(cache, tokens.shape[1])
-    return _decode_forced(model.unstacked(), jnp.asarray(tokens, jnp.int32), cache, keep_logits=keep_logits)
+    return _decode_forced(
+        model.unstacked(), jnp.asarray(tokens, jnp.int32), cache, keep_logits=keep_logits
+    )
 
 
 @functools.partial(jax.jit, static_argnames="keep_logits")
@@ -80,7 +82,7 @@ def _decode_forced(model, tokens, cache, *, keep_logits):
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     logits = jnp.zeros((tokens.shape[0], model.config.vocab_size), jnp.float32)
     (cache, last), (log_probs, kept) = jax.lax.scan(step, (cache, logits), (tokens.T, targets.T))
-    logits = jnp.swapaxes(kept, 0, 1) if keep_logits else last
+    logits = last if kept is None else jnp.swapaxes(kept, 0, 1)
     return ForcedDecode(log_probs=log_probs.T[:, :-1], logits=logits, cache=cache)
 
 
@@ -131,7 +133,9 @@ def prefill(
     """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not lengths.size or lengths.min() < 1:
-        raise ValueError(f"prompts: got lengths {lengths.tolist()}, wanted at least one prompt, of at least one token")
+        raise ValueError(
+            f"prompts: got lengths {lengths.tolist()}, wanted at least one prompt, of at least one token"
+        )
     suffix = min(model.attention.suffix_tokens, int(lengths.max()))
     forced_counts = np.minimum(lengths, suffix)
     cached = lengths - forced_counts
@@ -143,9 +147,14 @@ def prefill(
         tokens[row, : cached[row]] = prompt[: cached[row]]
         forced[row, : forced_counts[row]] = prompt[cached[row] :]
     dtype = model.embed[...].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
-    cache, logits = _prefill(model, jnp.asarray(tokens), jnp.asarray(cached), capacity=capacity, dtype=dtype)
+    cache, logits = _prefill(
+        model, jnp.asarray(tokens), jnp.asarray(cached), capacity=capacity, dtype=dtype
+    )
     return Prefilled(
-        cache=cache, logits=logits, forced=jnp.asarray(forced), forced_counts=jnp.asarray(forced_counts)
+        cache=cache,
+        logits=logits,
+        forced=jnp.asarray(forced),
+        forced_counts=jnp.asarray(forced_counts),
     )
 
 
@@ -170,7 +179,7 @@ class Decoding:
     A sequence's row of `tokens` holds its forced tokens, then those it drew (an end token included), then -1.
     """
 
-    cache: KVCache
+    cache: KVCache | None  # None only until `start` returns
     tokens: Int32[Array, "B M"]
     forced_counts: Int32[Array, "B"]
     drawn: Int32[Array, "B"]  # tokens drawn, an end token included
@@ -239,7 +248,13 @@ def advance(
     """
     until = state.tokens.shape[1] if until is None else until
     return _advance(
-        model, state, streams, sampler, _ends(end_tokens), jnp.int32(max_new_tokens), jnp.int32(until)
+        model,
+        state,
+        streams,
+        sampler,
+        _ends(end_tokens),
+        jnp.int32(max_new_tokens),
+        jnp.int32(until),
     )
 
 
@@ -311,7 +326,9 @@ def continue_tokens(
       ValueError: the tokens do not fit the cache, or an argument is out of its range.
     """
     if last_tokens.ndim != 2 or last_tokens.shape[1] < 1:
-        raise ValueError(f"last_tokens: got shape {list(last_tokens.shape)}, wanted [B, s] with s >= 1")
+        raise ValueError(
+            f"last_tokens: got shape {list(last_tokens.shape)}, wanted [B, s] with s >= 1"
+        )
     check_new_tokens(max_new_tokens)
     batch, suffix = last_tokens.shape
     prefilled = Prefilled(
@@ -333,7 +350,9 @@ def continue_tokens(
 
 def drawn(state: Decoding, end_tokens: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Returns, on the host, the tokens drawn so far [B, M], -1 at the tail, and their number without end tokens [B]."""
-    tokens, forced, numbers = (np.asarray(x) for x in (state.tokens, state.forced_counts, state.drawn))
+    tokens, forced, numbers = (
+        np.asarray(x) for x in (state.tokens, state.forced_counts, state.drawn)
+    )
     moved = np.full_like(tokens, -1)
     for row, (begin, number) in enumerate(zip(forced, numbers, strict=True)):
         moved[row, :number] = tokens[row, begin : begin + number]
@@ -344,7 +363,11 @@ def drawn(state: Decoding, end_tokens: Sequence[int] = ()) -> tuple[np.ndarray, 
 
 def check_new_tokens(max_new_tokens: int) -> None:
     """Refuses a number of tokens below one."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, wanted an int of at least 1")
 
 

@@ -66,7 +66,10 @@ class Sampler:
 
 
 def sample(
-    logits: Float32[Array, "B V"], streams: Key[Array, "B"], steps: Int32[Array, "B"], sampler: Sampler
+    logits: Float32[Array, "B V"],
+    streams: Key[Array, "B"],
+    steps: Int32[Array, "B"],
+    sampler: Sampler,
 ) -> Int32[Array, "B"]:
     """Draws one token a sequence.
 
@@ -101,7 +104,9 @@ def _nucleus(scaled: Float32[Array, "B V"], top_p: Float32[Array, ""]) -> Array:
     order = jnp.argsort(-scaled, axis=-1, stable=True)  # equals stay in the order of their ids
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
     reached = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-    before = jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))  # by the tokens ranked higher; 0 for the first, which stays
+    before = jnp.pad(
+        reached[:, :-1], ((0, 0), (1, 0))
+    )  # by the tokens ranked higher; 0 for the first, which stays
     last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
     # The set as a threshold and, among equals, the last id: no scatter back to the order of the ids.
     threshold = jnp.take_along_axis(ranked, last, axis=-1)

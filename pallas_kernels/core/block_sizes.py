@@ -31,7 +31,9 @@ def _table(device: str, op: str) -> Mapping[tuple, Mapping[str, Any]]:
         return {}
     entries = json.loads(path.read_text())["entries"]
     return {
-        (entry["implementation"], entry["dtype"], tuple(sorted(entry["bucket"].items()))): entry["block_sizes"]
+        (entry["implementation"], entry["dtype"], tuple(sorted(entry["bucket"].items()))): entry[
+            "block_sizes"
+        ]
         for entry in entries
     }
 

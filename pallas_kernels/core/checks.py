@@ -11,7 +11,9 @@ def shape(op: str, name: str, array, wanted: str, **sizes: int | None) -> None:
     """Checks `array` against axis letters such as "B T N H"; a letter given in `sizes` must have that size."""
     letters = wanted.split()
     if array.ndim != len(letters):
-        raise ValueError(f"{op}: {name} got shape {tuple(array.shape)}, wanted {len(letters)} axes [{', '.join(letters)}]")
+        raise ValueError(
+            f"{op}: {name} got shape {tuple(array.shape)}, wanted {len(letters)} axes [{', '.join(letters)}]"
+        )
     for axis, letter in enumerate(letters):
         size = sizes.get(letter)
         if size is not None and array.shape[axis] != size:
@@ -23,7 +25,9 @@ def shape(op: str, name: str, array, wanted: str, **sizes: int | None) -> None:
 def floating(op: str, name: str, array) -> None:
     """Checks that `array` holds a floating type that the ops accumulate in float32."""
     if array.dtype.name not in FLOATS:
-        raise ValueError(f"{op}: {name} got dtype {array.dtype.name}, wanted one of {', '.join(FLOATS)}")
+        raise ValueError(
+            f"{op}: {name} got dtype {array.dtype.name}, wanted one of {', '.join(FLOATS)}"
+        )
 
 
 def same_dtype(op: str, **arrays) -> None:
@@ -58,7 +62,9 @@ def attention(op: str, query, key, value) -> tuple[int, int, int]:
     heads(op, n, k)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if 0 in array.shape:
-            raise ValueError(f"{op}: {name} got shape {tuple(array.shape)}, wanted every axis of at least 1")
+            raise ValueError(
+                f"{op}: {name} got shape {tuple(array.shape)}, wanted every axis of at least 1"
+            )
     floating(op, "query", query)
     same_dtype(op, query=query, key=key, value=value)
     return b, t, s
@@ -104,9 +110,13 @@ def topk(op: str, value, rows: tuple[int, ...]) -> jax.Array | int:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{op}: topk got shape {tuple(value.shape)}, wanted one that broadcasts to the rows {rows}")
+        raise ValueError(
+            f"{op}: topk got shape {tuple(value.shape)}, wanted one that broadcasts to the rows {rows}"
+        )
     if not isinstance(value, jax.core.Tracer) and value.size and int(np.min(np.asarray(value))) < 1:
-        raise ValueError(f"{op}: topk got a row of {int(np.min(np.asarray(value)))}, wanted at least 1")
+        raise ValueError(
+            f"{op}: topk got a row of {int(np.min(np.asarray(value)))}, wanted at least 1"
+        )
     return jnp.asarray(value)
 
 

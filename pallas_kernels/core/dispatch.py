@@ -23,7 +23,13 @@ _PLATFORM_OF = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 _reported: set[tuple[str, str, str]] = set()
 
 
-def call(op: str, implementation: Implementation, table: Mapping[str, Callable[..., Any]], *args, **kwargs) -> Any:
+def call(
+    op: str,
+    implementation: Implementation,
+    table: Mapping[str, Callable[..., Any]],
+    *args,
+    **kwargs,
+) -> Any:
     """Calls the chosen implementation of `op`.
 
     Args:
@@ -61,7 +67,9 @@ def _candidates(op: str, implementation: Implementation, table) -> tuple[tuple[s
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     for name in names:
         if name not in IMPLEMENTATIONS:
-            raise ValueError(f"{op}: implementation got {name!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
+            raise ValueError(
+                f"{op}: implementation got {name!r}, wanted one of {', '.join(IMPLEMENTATIONS)}"
+            )
     if not names:
         raise ValueError(f"{op}: implementation got an empty sequence, wanted at least one name")
     return names, explicit
@@ -69,7 +77,9 @@ def _candidates(op: str, implementation: Implementation, table) -> tuple[tuple[s
 
 def _check_available(op: str, name: str, table) -> None:
     if name not in table:
-        raise NotImplementedError(f"{op}: implementation {name!r} does not exist; this op has {', '.join(table)}")
+        raise NotImplementedError(
+            f"{op}: implementation {name!r} does not exist; this op has {', '.join(table)}"
+        )
     wanted = _PLATFORM_OF.get(name)
     if wanted is None or interpret_options() is not None:
         return

@@ -40,7 +40,9 @@ def divide(acc: Float[Array, "... V"], total: Float[Array, "..."]) -> Float[Arra
     return jnp.where(empty, 0, acc / jnp.where(empty, 1, total[..., None]))
 
 
-def weigh_values(equation: str, p: Float[Array, "..."], kept: Bool[Array, "..."], value: Float[Array, "..."]):
+def weigh_values(
+    equation: str, p: Float[Array, "..."], kept: Bool[Array, "..."], value: Float[Array, "..."]
+):
     """Returns einsum(equation, p, value), accumulated in p's type, in which a value enters only the rows that keep it.
 
     0 * NaN is NaN, so a plain product would carry a non-finite value into every row of the tile. Rows that do keep a
@@ -52,7 +54,9 @@ def weigh_values(equation: str, p: Float[Array, "..."], kept: Bool[Array, "..."]
     return jnp.where(poison > 0, jnp.nan, acc)
 
 
-def weigh_finite_values(equation: str, p: Float[Array, "..."], kept: Bool[Array, "..."], value: Float[Array, "..."]):
+def weigh_finite_values(
+    equation: str, p: Float[Array, "..."], kept: Bool[Array, "..."], value: Float[Array, "..."]
+):
     """Returns what `weigh_values` does, at half the cost where all values are finite: a finite plain product proves it."""
     acc = _product(equation, p.astype(value.dtype), value, p.dtype)
     careful = lambda: weigh_values(equation, p, kept, value)
@@ -82,7 +86,9 @@ def merge_attention(
     """
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
-        raise ValueError(f"merge_attention: got {len(outs)} outs and {len(lses)} lses, wanted as many of both, at least 1")
+        raise ValueError(
+            f"merge_attention: got {len(outs)} outs and {len(lses)} lses, wanted as many of both, at least 1"
+        )
     for out, lse in zip(outs, lses, strict=True):
         rows = out.shape[:-1]
         wanted = (rows[0], rows[2], rows[1]) if out.ndim == 4 else rows

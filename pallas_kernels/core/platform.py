@@ -40,4 +40,6 @@ def device_slug() -> str:
 
 def is_hopper() -> bool:
     """Whether the target is an sm_90 GPU, the only generation our Mosaic GPU kernels are written for."""
-    return target_platform() == "gpu" and any(n in device_kind() for n in ("H100", "H200", "H20", "GH200", "H800"))
+    return target_platform() == "gpu" and any(
+        n in device_kind() for n in ("H100", "H200", "H20", "GH200", "H800")
+    )

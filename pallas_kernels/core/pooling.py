@@ -19,7 +19,9 @@ def needs_lse(scope_sets: int, num_query_heads: int, pooling: str) -> bool:
     return scope_sets != num_query_heads and pooling.startswith("prob")
 
 
-def full_lse(scores: Float[Array, "B N *rows S"], visible: Bool[Array, "..."]) -> Float[Array, "B N *rows"]:
+def full_lse(
+    scores: Float[Array, "B N *rows S"], visible: Bool[Array, "..."]
+) -> Float[Array, "B N *rows"]:
     """Returns ln sum exp of the visible scores of each head; NaN scores are left out, -inf where none is left."""
     m, total, _ = online_softmax.weights(scores, visible & ~jnp.isnan(scores))
     return online_softmax.log_sum_exp(m, total)

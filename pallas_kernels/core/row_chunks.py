@@ -55,7 +55,9 @@ def by_kv_head(x: Array, num_kv_heads: int) -> Array:
     return x.reshape(b, num_kv_heads, n // num_kv_heads, c, s)
 
 
-def scores(query: Float[Array, "B C N H"], key: Float[Array, "B S K H"], scale: float) -> Float[Array, "B N C S"]:
+def scores(
+    query: Float[Array, "B C N H"], key: Float[Array, "B S K H"], scale: float
+) -> Float[Array, "B N C S"]:
     """Returns scale <q, k>: the one routine whose bits forward and backward both select on.
 
     The barrier keeps the scaling from being fused, differently in each pass, into what reads the scores.
@@ -82,7 +84,7 @@ class KeyGradients(NamedTuple):
     def zeros(cls, key: Array, value: Array) -> "KeyGradients":
         """Returns the gradients before any row."""
         dtype = precision.accumulator(key.dtype)
-        return cls(jnp.zeros(key.shape, dtype), jnp.zeros(value.shape, dtype))
+        return cls(jnp.zeros_like(key, dtype), jnp.zeros_like(value, dtype))
 
 
 def gradients(
@@ -110,7 +112,11 @@ def gradients(
 
     def dot(equation, x, y):
         return jnp.einsum(
-            equation, x.astype(narrow), y.astype(narrow), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+            equation,
+            x.astype(narrow),
+            y.astype(narrow),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
         )
 
     d_out = d_out.reshape(b, c, k, n // k, -1)

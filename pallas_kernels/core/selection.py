@@ -37,6 +37,11 @@ class TopKSelection(NamedTuple):
     tie_cut: Int32[Array, "..."]
 
 
+def repeat_for_heads(chosen: TopKSelection, heads: int) -> TopKSelection:
+    """Gives each head the selection of its set, `heads` in a row: [B, G, ...] -> [B, G * heads, ...]."""
+    return jax.tree.map(lambda x: jnp.repeat(x, heads, axis=1), chosen)
+
+
 def order_key(scores: Shaped[Array, "..."]) -> Int32[Array, "..."]:
     """Maps scores to int32 so that integer order is score order; made of integer operations only."""
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
@@ -93,7 +98,9 @@ def ratio_fraction(ratio: float) -> tuple[int, int]:
     return max(fraction.numerator, 1), fraction.denominator
 
 
-def budget_from_ratio(visible: Int32[Array, "..."], ratio: float, min_topk: int = 1) -> Int32[Array, "..."]:
+def budget_from_ratio(
+    visible: Int32[Array, "..."], ratio: float, min_topk: int = 1
+) -> Int32[Array, "..."]:
     """Returns clip(ceil(ratio * visible), min_topk, visible) in exact integer arithmetic, any visible below 2**31."""
     numerator, denominator = ratio_fraction(ratio)
     quotient, remainder = visible // denominator, visible % denominator

@@ -34,7 +34,9 @@ def _tokenizer(**settings) -> Tokenizer:
     """One token a byte, so that a character may span several, and an end token."""
     vocabulary = {symbol: index for index, symbol in enumerate(_byte_symbols())}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens([tokenizers.AddedToken("<end>", special=True)])
     return Tokenizer(backend, **{"eos_ids": (END,), "chat_template": TEMPLATE} | settings)
@@ -93,7 +95,11 @@ def test_a_batch_gives_a_list_and_says_how_each_ended(monkeypatch):
     done = complete(model, _tokenizer(), prompts, max_new_tokens=20, stop=" STOP")
     assert [one.finish for one in done] == ["end_token", "stop", "length"]
     assert [one.prompt_tokens for one in done] == [1, 3, 2]
-    assert [bytes(one.tokens).decode() for one in done] == ["one", "two STOP", "a longer text than a"]
+    assert [bytes(one.tokens).decode() for one in done] == [
+        "one",
+        "two STOP",
+        "a longer text than a",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,9 @@ def test_text_ends_before_the_first_stop_string(monkeypatch, stop, expected, str
     )
     assert text == expected
     if streamed:
-        assert "".join(pieces) == expected  # nothing of a stop string was shown, not even its beginning
+        assert (
+            "".join(pieces) == expected
+        )  # nothing of a stop string was shown, not even its beginning
 
 
 def test_pieces_are_whole_characters(monkeypatch):
@@ -128,7 +136,11 @@ def test_pieces_are_whole_characters(monkeypatch):
     _scripted(monkeypatch, written)
     pieces = []
     text = generate(
-        _model().with_attention(SPARSE), _tokenizer(), "x", max_new_tokens=40, on_token=pieces.append
+        _model().with_attention(SPARSE),
+        _tokenizer(),
+        "x",
+        max_new_tokens=40,
+        on_token=pieces.append,
     )
     assert text == "".join(pieces) == written
     assert pieces == list(written)
@@ -137,7 +149,9 @@ def test_pieces_are_whole_characters(monkeypatch):
 def test_a_character_cut_by_the_limit_is_shown_as_incomplete(monkeypatch):
     _scripted(monkeypatch, "a🙂")
     pieces = []
-    text = generate(_model().with_attention(SPARSE), _tokenizer(), "x", max_new_tokens=3, on_token=pieces.append)
+    text = generate(
+        _model().with_attention(SPARSE), _tokenizer(), "x", max_new_tokens=3, on_token=pieces.append
+    )
     assert text == "".join(pieces)
     assert text.rstrip("\ufffd") == "a"
     assert text != "a"
@@ -159,7 +173,9 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch():
     settings = {"max_new_tokens": 12, "temperature": 1.5, "seed": 11}
     prompts = ["first", "a second and longer one", "first"]
     together = generate(_model(), _tokenizer(), prompts, **settings)
-    assert together[:2] == [generate(_model(), _tokenizer(), prompt, **settings) for prompt in prompts[:2]]
+    assert together[:2] == [
+        generate(_model(), _tokenizer(), prompt, **settings) for prompt in prompts[:2]
+    ]
     assert together[2] != together[0]
     assert generate(_model(), _tokenizer(), prompts, **settings | {"seed": 12}) != together
 
@@ -175,7 +191,11 @@ def test_progress_is_told_up_to_the_last_token():
 
 def test_chats_are_rendered_by_the_template_and_plain_prompts_are_not():
     tokenizer = _tokenizer()
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "go"}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "go"},
+    ]
     encoded = encode_prompts(tokenizer, ["hi", turns], chat=True)
     assert [tokenizer.decode(ids) for ids in encoded] == [
         "<user>hi\n<reply>",
@@ -191,13 +211,19 @@ def test_the_cache_dtype_is_the_models_unless_asked_otherwise():
     model = _model()
     for asked, got in ((None, jnp.float32), ("bfloat16", jnp.bfloat16)):
         prefilled = loops.prefill(model, [[1, 2, 3]], new_tokens=4, cache_dtype=asked)
-        assert {layer.dtype for layer in prefilled.cache.key + prefilled.cache.value} == {jnp.dtype(got)}
+        assert {layer.dtype for layer in prefilled.cache.key + prefilled.cache.value} == {
+            jnp.dtype(got)
+        }
 
 
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
-        ("x" * 100, {"max_new_tokens": 29}, "prompt 0: got 100 tokens [+] 29 new ones = 129, wanted at most the model's context of 128"),
+        (
+            "x" * 100,
+            {"max_new_tokens": 29},
+            "prompt 0: got 100 tokens [+] 29 new ones = 129, wanted at most the model's context of 128",
+        ),
         (["ok", "x" * 129], {"max_new_tokens": 1}, "prompt 1: got 129 tokens"),
         ("", {}, "prompt 0: got an empty one, wanted at least one token"),
         (["ok", ""], {}, "prompt 1: got an empty one"),
@@ -237,5 +263,7 @@ def test_sampling_settings_reach_the_loop():
     greedy = generate(_model(), _tokenizer(), "abc", max_new_tokens=10)
     barely = generate(_model(), _tokenizer(), "abc", max_new_tokens=10, temperature=5.0, top_p=1e-6)
     assert barely == greedy  # a nucleus of one token
-    drawn = complete(_model(), _tokenizer(), ["abc"], max_new_tokens=10, sampling=SamplingConfig(temperature=5.0))
+    drawn = complete(
+        _model(), _tokenizer(), ["abc"], max_new_tokens=10, sampling=SamplingConfig(temperature=5.0)
+    )
     assert drawn[0].text != greedy

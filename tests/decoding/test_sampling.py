@@ -9,7 +9,6 @@ import pytest
 
 from jaxtopk.decoding.sampling import SamplingConfig, candidates, random_streams, sample
 
-
 _candidates = jax.jit(candidates)
 
 

@@ -1,5 +1,6 @@
 """The decoder: parity with recorded checkpoints, and agreement of its three entries with one another."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxtopk.attention.full import FullAttention
+from jaxtopk.attention.topk import TopKAttention
 from jaxtopk.decoding.kv_cache import KVCache
 from jaxtopk.models.decoder_lm.config import DecoderConfig
 from jaxtopk.models.decoder_lm.modeling import DecoderLM, param_shapes
@@ -247,6 +249,31 @@ def test_remat_changes_no_gradient():
     assert all(np.any(np.asarray(leaf) != 0) for leaf in leaves)
     for got, wanted in zip(jax.tree.leaves(rematted), leaves, strict=True):
         close(got, wanted)
+
+
+def count_primitives(jaxpr) -> collections.Counter:
+    """Counts the operations of a jaxpr and of all it contains."""
+    counts = collections.Counter()
+    for equation in jaxpr.eqns:
+        counts[equation.primitive.name] += 1
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                counts += count_primitives(inner)
+    return counts
+
+
+def test_remat_does_not_select_again():
+    model = make_model().with_attention(TopKAttention(topk=3, implementation="xla"))
+    tokens = make_tokens((1, 16))
+
+    def searches(remat):  # the bisection for the threshold is the only `while`
+        loss = lambda model: jnp.sum(model(tokens, remat=remat))
+        counts = count_primitives(jax.make_jaxpr(jax.grad(loss))(model).jaxpr)
+        assert bool(counts["remat2"] + counts["checkpoint"]) == remat
+        return counts["while"]
+
+    assert searches(True) == searches(False) > 0
 
 
 def test_bfloat16_parameters_give_float32_logits_near_the_float32_ones():

@@ -49,7 +49,7 @@ class NeedleInHaystack(Task):
         place = round(num_units * step / (_DEPTHS - 1))
         if self.haystack == "filler":
             keys, values = draw_keys(rng, 1), draw_numbers(rng, 1, self.digits)
-            sentences = ["".join(_FILLER)] * num_units
+            sentences: list[str] = ["".join(_FILLER)] * num_units
             sentences.insert(place, _needle(keys[0], values[0]))
             key, value = keys[0], values[0]
         else:

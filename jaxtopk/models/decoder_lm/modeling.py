@@ -9,12 +9,14 @@ Matrices are stored [in, out]: a decode step is bound by reading them, and that 
 """
 
 import math
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
@@ -26,6 +28,12 @@ from jaxtopk.models.decoder_lm.config import DecoderConfig
 from jaxtopk.sharding import ShardingConfig, constrain, param_name
 
 _ACT_BTD = ShardingConfig().act_btd
+
+# What attention selected and what it found: selecting again is the dearest thing to repeat in a backward pass, and the
+# likeliest to come out differently.
+_KEPT_IN_REMAT = jax.checkpoint_policies.save_only_these_names(
+    "attended", "topk_threshold", "topk_tie_cut", "topk_pool_lse"
+)
 
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -92,7 +100,7 @@ class DecoderLayer(nnx.Module):
         query = _affine("...d,dnh->...nh", x, self.q_weight, self.q_bias)
         key = _affine("...d,dkh->...kh", x, self.k_weight, self.k_bias)
         value = _affine("...d,dkh->...kh", x, self.v_weight, self.v_bias)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query = rms_norm(query, self.q_norm, epsilon)
             key = rms_norm(key, self.k_norm, epsilon)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
@@ -229,7 +237,8 @@ class DecoderLM(nnx.Module):
             given.
           segment_ids: documents packed into a row; a token sees its own document only.
           sparse_rows: which rows the strategy may make sparse; None: all.
-          remat: keep only each layer's input for the backward pass, and compute the rest again.
+          remat: for the backward pass keep only each layer's input and what its attention selected and found; compute the rest
+            again.
         """
         _check_tokens(tokens, ndim=2)
         if positions is None:
@@ -328,14 +337,21 @@ class DecoderLM(nnx.Module):
         x = self.embed[...][tokens]
         keys, values, captured = [], [], []
         for index, layer in enumerate(self._each_layer()):
-            query, key, value = layer.project(x, cos, sin)
-            keys.append(write_row(cache.key[index], key, cache.lengths))
-            values.append(write_row(cache.value[index], value, cache.lengths))
-            strategy = self.attention.layer(index, num_layers)
-            visible = {"lengths": lengths, "window": self.config.window(index)}
-            attended, of_layer = attend(strategy, query, keys[-1], values[-1], **visible)
+            x, key, value, of_layer = _decode_layer(
+                layer,
+                x,
+                cos,
+                sin,
+                cache.key[index],
+                cache.value[index],
+                lengths,
+                attend=attend,
+                strategy=self.attention.layer(index, num_layers),
+                window=self.config.window(index),
+            )
+            keys.append(key)
+            values.append(value)
             captured.append(of_layer)
-            x = layer.combine(x, attended)
         x = rms_norm(x, self.final_norm, self.config.norm_epsilon)
         cache = KVCache(key=tuple(keys), value=tuple(values), lengths=lengths)
         return self.head(x), cache, jax.tree.map(lambda *layers: jnp.stack(layers), *captured)
@@ -358,24 +374,24 @@ class DecoderLM(nnx.Module):
 
             def body(x, layer, strategy=strategy, window=window):
                 query, key, value = layer.project(x, cos, sin)
-                x = constrain(
-                    layer.combine(x, attend(strategy, window, query, key, value)), _ACT_BTD
-                )
+                attended = attend(strategy, window, query, key, value)
+                x = layer.combine(x, checkpoint_name(attended, "attended"))
+                x = constrain(x, _ACT_BTD)
                 return x, (key, value) if keep_kv else None
 
             if remat:
-                body = jax.checkpoint(body)
+                body = jax.checkpoint(body, policy=_KEPT_IN_REMAT)
             if isinstance(self.layers, nnx.List):
                 for layer in self.layers[start:stop]:
                     x, layer_kv = body(x, layer)
-                    if keep_kv:
+                    if layer_kv is not None:
                         kv.append(layer_kv)
             else:
                 layers = self.layers
                 if (start, stop) != (0, self.config.num_layers):
                     layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)  # noqa: B023
                 x, run_kv = jax.lax.scan(body, x, layers)
-                if keep_kv:
+                if run_kv is not None:
                     kv.extend((run_kv[0][i], run_kv[1][i]) for i in range(stop - start))
         return x, kv
 
@@ -408,6 +424,18 @@ class DecoderLM(nnx.Module):
         wanted = (config.num_layers, batch, config.num_kv_heads, config.head_dim)
         if got != wanted:
             raise ValueError(f"cache: got (L, B, K, H) = {got}, wanted {wanted}")
+
+
+# Layers of one shape and strategy are traced and lowered once, not once each: with a Mosaic kernel inside, that is seconds
+# a layer. The compiler inlines the calls, so the compiled step is the same.
+@functools.partial(jax.jit, static_argnames=("attend", "strategy", "window"))
+def _decode_layer(layer, x, cos, sin, keys, values, lengths, *, attend, strategy, window):
+    """Returns the residual stream [B, D] after a layer, its cache [B, S, K, H] with the new row, and what `attend` saw."""
+    query, key, value = layer.project(x, cos, sin)
+    keys = write_row(keys, key, lengths - 1)
+    values = write_row(values, value, lengths - 1)
+    attended, captured = attend(strategy, query, keys, values, lengths=lengths, window=window)
+    return layer.combine(x, attended), keys, values, captured
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

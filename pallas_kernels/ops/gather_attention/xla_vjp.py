@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.core import online_softmax, precision, row_chunks, varying
+from pallas_kernels.core import online_softmax, precision, row_chunks
 from pallas_kernels.ops.gather_attention import lists
 
 
@@ -73,10 +73,9 @@ def by_lists(
         by_head(d_out),
         by_head(d_lse[..., None]),
     )
-    zeros = jnp.zeros((b, s, layout.p, layout.w * (h + value.shape[3])), dtype)
-    sums, d_query = row_chunks.scan(
-        differentiate, varying.like(zeros, key), xs, num_rows=t, chunk=chunk
-    )
+    zeros = jnp.concatenate(row_chunks.KeyGradients.zeros(key, value), axis=-1)
+    zeros = zeros.reshape(b, s, layout.p, -1)
+    sums, d_query = row_chunks.scan(differentiate, zeros, xs, num_rows=t, chunk=chunk)
     d_query = row_chunks.join(d_query, axis=1, num_rows=t).reshape(query.shape)
     sums = sums.reshape(b, s, k, -1)
     return d_query, sums[..., :h].astype(key.dtype), sums[..., h:].astype(value.dtype)
@@ -109,7 +108,7 @@ def by_counts(
         p = p / jnp.where(total == 0, 1, total)
         return row_chunks.gradients(so_far, p, live, query, key, value, d_out, d_lse, scale)
 
-    zeros = varying.like(row_chunks.KeyGradients.zeros(key, value), key)
+    zeros = row_chunks.KeyGradients.zeros(key, value)
     xs = (query, indices, d_out, d_lse)
     sums, d_query = row_chunks.scan(differentiate, zeros, xs, num_rows=t, chunk=chunk)
     d_query = row_chunks.join(d_query, axis=1, num_rows=t)

@@ -86,7 +86,9 @@ def topk_attention(
     checks.choice(_OP, "scope", scope, SCOPES)
     checks.choice(_OP, "pooling", pooling, POOLINGS)
     if (topk is None) == (topk_ratio is None):
-        raise ValueError(f"{_OP}: got topk {topk} and topk_ratio {topk_ratio}, wanted exactly one of them")
+        raise ValueError(
+            f"{_OP}: got topk {topk} and topk_ratio {topk_ratio}, wanted exactly one of them"
+        )
     checks.at_least_one(_OP, "min_topk", min_topk)
     if topk_ratio is not None:
         checks.topk_ratio(_OP, topk_ratio)
@@ -95,13 +97,19 @@ def topk_attention(
     if window is not None:
         checks.at_least_one(_OP, "window", window)
         if not causal:
-            raise ValueError(f"{_OP}: window got {window} with causal=False, wanted None (a window ends at the row itself)")
+            raise ValueError(
+                f"{_OP}: window got {window} with causal=False, wanted None (a window ends at the row itself)"
+            )
     if (query_segment_ids is None) != (key_segment_ids is None):
         missing = "query_segment_ids" if query_segment_ids is None else "key_segment_ids"
         raise ValueError(f"{_OP}: {missing} got None, wanted both segment ids or neither")
     lengths = checks.optional_integer(_OP, "lengths", lengths, "B", B=b)
-    query_segment_ids = checks.optional_integer(_OP, "query_segment_ids", query_segment_ids, "B T", B=b, T=t)
-    key_segment_ids = checks.optional_integer(_OP, "key_segment_ids", key_segment_ids, "B S", B=b, S=s)
+    query_segment_ids = checks.optional_integer(
+        _OP, "query_segment_ids", query_segment_ids, "B T", B=b, T=t
+    )
+    key_segment_ids = checks.optional_integer(
+        _OP, "key_segment_ids", key_segment_ids, "B S", B=b, S=s
+    )
     if dense_rows is not None:
         dense_rows = jnp.asarray(dense_rows)
         if dense_rows.dtype != jnp.bool_:

@@ -6,7 +6,8 @@ Differentiable by plain autodiff; the set is chosen on scores that carry no grad
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.core import masks, online_softmax, pooling as pooling_, precision, selection
+from pallas_kernels.core import masks, online_softmax, precision, selection
+from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.ops.topk_select import reference as topk_select
 
 
@@ -55,7 +56,9 @@ def topk_attention(
     ranked = pooling_.pool(fixed, visible, num_sets, pooling)
     _, threshold, tie_cut = topk_select.select(ranked, visible, budget)
     kept = selection.selected(ranked, visible, threshold, tie_cut)
-    kept, threshold, tie_cut = (jnp.repeat(x, n // num_sets, axis=1) for x in (kept, threshold, tie_cut))
+    kept, threshold, tie_cut = (
+        jnp.repeat(x, n // num_sets, axis=1) for x in (kept, threshold, tie_cut)
+    )
 
     m, total, p = online_softmax.weights(scores, kept)
     by_kv_head = lambda x: x.reshape(b, k, n // k, t, s)

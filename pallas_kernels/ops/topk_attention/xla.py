@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.core import masks, online_softmax, pooling as pooling_, row_chunks, selection
+from pallas_kernels.core import masks, online_softmax, row_chunks, selection, varying
+from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.ops.topk_attention.block_sizes import chunk_rows
 from pallas_kernels.ops.topk_select import xla as topk_select
 
@@ -93,7 +94,10 @@ def topk_attention(
     )
     budget = None if topk is None else selection.rows_of(topk, (b, t))
     rows = _Rows(budget, query_segment_ids, dense_rows)
-    out, lse, threshold, tie_cut = _attend(rule, query, key, value, rows, _Keys(lengths, key_segment_ids))
+    query, key, value = varying.align(query, key, value)
+    out, lse, threshold, tie_cut = _attend(
+        rule, query, key, value, rows, _Keys(lengths, key_segment_ids)
+    )
     repeat = lambda x: jnp.repeat(x, n // rule.num_sets, axis=1)
     return out, lse, repeat(threshold), repeat(tie_cut)
 
@@ -138,14 +142,20 @@ def _forward(rule: _Rule, query, key, value, rows: _Rows, keys: _Keys):
         ranked = _ranked(scores, visible, pool_lse, rule)
         seen = jnp.broadcast_to(jnp.sum(visible, axis=-1, dtype=jnp.int32), (b, c))
         budget = selection.row_budget(seen, rows.budget, rule.topk_ratio, rule.min_topk, rows.dense)
-        _, threshold, tie_cut = topk_select.select(ranked, jnp.broadcast_to(budget[:, None], (b, rule.num_sets, c)))
+        _, threshold, tie_cut = topk_select.select(
+            ranked, jnp.broadcast_to(budget[:, None], (b, rule.num_sets, c))
+        )
         kept = _per_head(topk_select.chosen(ranked, threshold, tie_cut), n)
         m, total, p = online_softmax.weights(scores, kept)
         acc = online_softmax.weigh_finite_values(
             "bkgcs,bskv->bkgcv", row_chunks.by_kv_head(p, k), row_chunks.by_kv_head(kept, k), value
         ).reshape(b, n, c, -1)
         out = online_softmax.divide(acc, total).astype(query.dtype)
-        return None, (out, online_softmax.log_sum_exp(m, total), _Found(threshold, tie_cut, pool_lse))
+        return None, (
+            out,
+            online_softmax.log_sum_exp(m, total),
+            _Found(threshold, tie_cut, pool_lse),
+        )
 
     t = rule.num_rows
     _, ys = row_chunks.scan(attend, None, (query, rows), num_rows=t, chunk=rule.chunk)
@@ -153,7 +163,9 @@ def _forward(rule: _Rule, query, key, value, rows: _Rows, keys: _Keys):
     return jnp.swapaxes(out, 1, 2), lse, found
 
 
-def _backward(rule: _Rule, query, key, value, rows: _Rows, keys: _Keys, found: _Found, d_out, d_lse):
+def _backward(
+    rule: _Rule, query, key, value, rows: _Rows, keys: _Keys, found: _Found, d_out, d_lse
+):
     """Returns the cotangents of query, key and value."""
 
     def differentiate(so_far, chunk):
@@ -170,7 +182,9 @@ def _backward(rule: _Rule, query, key, value, rows: _Rows, keys: _Keys, found: _
     rows_first = lambda x: jnp.moveaxis(x, 2, 1)  # [B, heads, T] -> [B, T, heads]
     xs = (query, rows, jax.tree.map(rows_first, found), d_out, rows_first(d_lse))
     zeros = row_chunks.KeyGradients.zeros(key, value)
-    sums, d_query = row_chunks.scan(differentiate, zeros, xs, num_rows=rule.num_rows, chunk=rule.chunk)
+    sums, d_query = row_chunks.scan(
+        differentiate, zeros, xs, num_rows=rule.num_rows, chunk=rule.chunk
+    )
     d_query = row_chunks.join(d_query, axis=1, num_rows=rule.num_rows)
     return d_query, sums.key.astype(key.dtype), sums.value.astype(value.dtype)
 

@@ -181,13 +181,13 @@ def _attend_kernel(
 
     def attend(tile, carry):
         accs, totals = carry
-        wanted = None
+        wanted = lane < 0  # keys that some head keeps: none yet
         for g in range(group):
             scores, kept = look(tile, g)
             weights = jnp.where(kept, jnp.exp(jnp.where(kept, scores, -jnp.inf) - shifts[g]), 0.0)
             weights_ref[g] = weights
             totals[g] += weights
-            wanted = kept if wanted is None else wanted | kept
+            wanted |= kept
         bit = jnp.where(wanted, jnp.int32(1) << (lane & (_WORD - 1)), 0)
         words = [jnp.sum(jnp.where(lane >> 5 == w, bit, 0)) for w in range(_LANES // _WORD)]
 
@@ -296,7 +296,7 @@ def topk_decode_attention(
         num_keys = _TILE
     padded = pl.cdiv(num_keys, _LANES) * _LANES
     interpret = compat.gpu_interpret(interpret_options())
-    wanted = block_sizes and block_sizes.num_splits
+    wanted = None if block_sizes is None else block_sizes.num_splits
     group = n // k
     grid_names = ("batch", "kv_head", "split")
 
@@ -354,8 +354,5 @@ def topk_decode_attention(
     if with_indices:
         kept = selection.selected(ranked, visible, threshold, cut)
         indices = selection.compact(kept, topk)
-    repeated = [
-        None if x is None else jnp.repeat(x, per_set, axis=1)
-        for x in (indices, count, threshold, cut)
-    ]
-    return out.astype(query.dtype), lse, TopKSelection(*repeated)
+    selected = TopKSelection(indices, count, threshold, cut)
+    return out.astype(query.dtype), lse, selection.repeat_for_heads(selected, per_set)

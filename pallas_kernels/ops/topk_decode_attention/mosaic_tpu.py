@@ -47,7 +47,7 @@ _SUBLANES = 8
 _BLOCK_BYTES = 1 << 20  # one block of keys; two are in flight
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Refs:
     """What the kernel reads and writes, one sequence at a time; R rows are the heads, padded to 8, Q the pooled sets."""
 
@@ -63,19 +63,18 @@ class _Refs:
     out: jax.Ref  # [1, R, V], VMEM
     lse: jax.Ref  # [1, R, 1] f32, VMEM
     chosen: jax.Ref  # [1, Q, 3] i32, VMEM: count, threshold key, tie cut
-    ranked_out: (
-        jax.Ref | None
-    )  # [B, Q, blocks * block_kv] i32, HBM: the order keys, where an index list is wanted
+    # [B, Q, blocks * block_kv] i32, HBM: the order keys, where an index list is wanted
+    ranked_out: jax.Ref | None = None
     # scratch
     scores: jax.Ref  # [R, blocks * block_kv] i32, VMEM: order keys of the heads' scores
-    pooled: jax.Ref | None  # [Q, blocks * block_kv] i32, VMEM: order keys of a shared scope
+    pooled: jax.Ref | None = None  # [Q, blocks * block_kv] i32, VMEM: order keys of a shared scope
     key_blocks: jax.Ref  # [2, ...], VMEM
     value_blocks: jax.Ref
     poison: jax.Ref  # [R, V] f32, VMEM: how many non-finite values each output would take in
     pages: jax.Ref  # [blocks] i32, SMEM: blocks that hold a selected key
     key_arrived: jax.Ref  # [2] DMA semaphores
     value_arrived: jax.Ref
-    ranked_left: jax.Ref | None  # DMA semaphore
+    ranked_left: jax.Ref | None = None  # DMA semaphore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +140,13 @@ def _tiled_size(shape: tuple[int, ...]) -> int:
     return math.prod(outer) * round_up(sublanes, _SUBLANES) * round_up(lanes, LANES)
 
 
-def _rows_of(shape: tuple[int, int], first: int, end: int):
+def _rows_of(shape: tuple[int, ...], first: int, end: int):
     row = lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= first) & (row < end)
 
 
 def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
-    named = dict(zip(names, refs, strict=True))
-    refs = _Refs(**{f.name: named.get(f.name) for f in dataclasses.fields(_Refs)})
+    refs = _Refs(**dict(zip(names, refs, strict=True)))
     b = pl.program_id(0)
     begin, end = refs.begins[b], refs.ends[b]
     num_rows = refs.scores.shape[0]
@@ -241,7 +239,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
 
     no_order = jnp.full((num_rows, 1), selection.DEAD, jnp.int32)
 
-    def pool():
+    def pool(pooled_ref):
         best = scan(lambda start, best: maximum_of(chunk_of(refs.scores, start), best), no_order)
         m = finite_score(best)
 
@@ -258,7 +256,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         def pool_chunk(start, carry):
             order = chunk_of(refs.scores, start)
             score = selection.key_to_score(order) - lse
-            pooled = jnp.full((refs.pooled.shape[0], plan.chunk), selection.DEAD, jnp.int32)
+            pooled = jnp.full((pooled_ref.shape[0], plan.chunk), selection.DEAD, jnp.int32)
             for g in range(plan.num_sets):
                 own = _rows_of(order.shape, g * per_set, (g + 1) * per_set)
                 value = _pool_rows(score, own, per_set, plan.pooling)
@@ -272,7 +270,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
                 pooled = jnp.where(
                     _rows_of(pooled.shape, g, g + 1), jnp.broadcast_to(value, pooled.shape), pooled
                 )
-            refs.pooled[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)] = pooled
+            pooled_ref[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)] = pooled
             return carry
 
         scan(pool_chunk, 0)
@@ -342,7 +340,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         0,
     )
     if refs.pooled is not None:
-        pool()
+        pool(refs.pooled)
     count, threshold, tie_cut = select_rows(
         ranked,
         refs.budget[0],
@@ -352,6 +350,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
     )
     for column, fact in enumerate((count, threshold, tie_cut)):
         refs.chosen[0, :, column : column + 1] = fact
+    leaving = None
     if refs.ranked_out is not None:
         leaving = pltpu.make_async_copy(ranked, refs.ranked_out.at[b], refs.ranked_left)
         leaving.start()
@@ -373,7 +372,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
     out = jnp.where(refs.poison[...] > 0, jnp.nan, acc / safe)
     refs.out[0] = jnp.where(empty, 0.0, out).astype(refs.out.dtype)
     refs.lse[0] = jnp.where(empty, -jnp.inf, m + jnp.log(safe))
-    if refs.ranked_out is not None:
+    if leaving is not None:
         leaving.wait()
 
 
@@ -390,10 +389,8 @@ def _pool_rows(score, own, size: int, pooling: str):
 
 
 def _block_kv(b: int, n: int, s: int, k: int, h: int, dtype, block_sizes) -> int:
-    def heuristic():
-        row_bytes = k * round_up(h, LANES) * dtype.itemsize
-        return TopKDecodeBlockSizes(block_kv=min(max(_BLOCK_BYTES // row_bytes, LANES), 2048))
-
+    row_bytes = k * round_up(h, LANES) * dtype.itemsize
+    usual = min(max(_BLOCK_BYTES // row_bytes, LANES), 2048)
     sizes = block_sizes_.resolve(
         _OP,
         "mosaic_tpu",
@@ -401,13 +398,13 @@ def _block_kv(b: int, n: int, s: int, k: int, h: int, dtype, block_sizes) -> int
         cls=TopKDecodeBlockSizes,
         dtype=dtype.name,
         bucket={"rows": b * k, "s": s, "head": h},
-        heuristic=heuristic,
+        heuristic=lambda: TopKDecodeBlockSizes(block_kv=usual),
     )
     if sizes.num_splits not in (None, 1):
         raise NotImplementedError(
             f"{_OP}: mosaic_tpu got num_splits={sizes.num_splits}, wanted 1 (a sequence runs on one core)"
         )
-    block = min(sizes.block_kv or heuristic().block_kv, round_up(s, LANES))
+    block = min(sizes.block_kv or usual, round_up(s, LANES))
     return max(block // LANES, 1) * LANES
 
 
@@ -476,9 +473,8 @@ def topk_decode_attention(
         kept = (kept | (order > threshold[..., None])) & (order != selection.DEAD)
         visible = masks.visible_to_decode(s, lengths, window, b)[:, None, :]
         indices = selection.compact(kept & visible, topk)
-    chosen = (indices, count, selection.key_to_score(threshold), tie_cut)
-    chosen = [None if x is None else jnp.repeat(x, per_set, axis=1) for x in chosen]
-    return out[:, :n], lse[:, :n, 0], TopKSelection(*chosen)
+    selected = TopKSelection(indices, count, selection.key_to_score(threshold), tie_cut)
+    return out[:, :n], lse[:, :n, 0], selection.repeat_for_heads(selected, per_set)
 
 
 def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, with_indices: bool):

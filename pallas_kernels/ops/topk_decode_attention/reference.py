@@ -3,13 +3,25 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.core import masks, online_softmax, pooling as pooling_, precision, selection
+from pallas_kernels.core import masks, online_softmax, precision, selection
+from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select import reference as topk_select
 
 
 def topk_decode_attention(
-    query, key, value, *, topk, lengths, scope, pooling, window, scale, with_indices, block_sizes=None
+    query,
+    key,
+    value,
+    *,
+    topk,
+    lengths,
+    scope,
+    pooling,
+    window,
+    scale,
+    with_indices,
+    block_sizes=None,
 ):
     """Arguments as the public function, checked; returns (out, lse, TopKSelection)."""
     b, n, _ = query.shape
@@ -32,9 +44,12 @@ def topk_decode_attention(
     kept = jnp.repeat(kept, per_head, axis=1)
     m, total, p = online_softmax.weights(scores, kept)
     acc = online_softmax.weigh_values(
-        "bkgs,bskv->bkgv", p.reshape(b, k, n // k, s), kept.reshape(b, k, n // k, s), value.astype(dtype)
+        "bkgs,bskv->bkgv",
+        p.reshape(b, k, n // k, s),
+        kept.reshape(b, k, n // k, s),
+        value.astype(dtype),
     ).reshape(b, n, -1)
     out = online_softmax.divide(acc, total).astype(query.dtype)
     lse = online_softmax.log_sum_exp(m, total)
-    repeated = [None if x is None else jnp.repeat(x, per_head, axis=1) for x in (chosen_indices, *chosen)]
-    return out, lse, TopKSelection(*repeated)
+    selected = TopKSelection(chosen_indices, *chosen)
+    return out, lse, selection.repeat_for_heads(selected, per_head)

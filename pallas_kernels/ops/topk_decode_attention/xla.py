@@ -7,13 +7,25 @@ product keeps a stray NaN out is `online_softmax.weigh_finite_values`.
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.core import masks, online_softmax, pooling as pooling_, precision, selection
+from pallas_kernels.core import masks, online_softmax, precision, selection
+from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select import xla as topk_select
 
 
 def topk_decode_attention(
-    query, key, value, *, topk, lengths, scope, pooling, window, scale, with_indices, block_sizes=None
+    query,
+    key,
+    value,
+    *,
+    topk,
+    lengths,
+    scope,
+    pooling,
+    window,
+    scale,
+    with_indices,
+    block_sizes=None,
 ):
     """Arguments as the public function, checked; returns (out, lse, TopKSelection)."""
     b, n, h = query.shape
@@ -40,5 +52,5 @@ def topk_decode_attention(
     ).reshape(b, n, -1)
     out = online_softmax.divide(acc, total).astype(query.dtype)
     lse = online_softmax.log_sum_exp(m, total)
-    repeated = [None if x is None else jnp.repeat(x, per_set, axis=1) for x in (indices, *picked)]
-    return out, lse, TopKSelection(*repeated)
+    selected = TopKSelection(indices, *picked)
+    return out, lse, selection.repeat_for_heads(selected, per_set)

@@ -49,12 +49,16 @@ def topk_select(
     """
     scores = jnp.asarray(scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
-        raise ValueError(f"{_OP}: scores got shape {tuple(scores.shape)}, wanted [..., S] with S >= 1")
+        raise ValueError(
+            f"{_OP}: scores got shape {tuple(scores.shape)}, wanted [..., S] with S >= 1"
+        )
     checks.floating(_OP, "scores", scores)
     rows = scores.shape[:-1]
     topk = checks.topk(_OP, topk, rows)
     if with_indices and not isinstance(topk, int):
-        raise ValueError(f"{_OP}: with_indices=True got an array for topk, wanted an int (the list needs a static size)")
+        raise ValueError(
+            f"{_OP}: with_indices=True got an array for topk, wanted an int (the list needs a static size)"
+        )
     if lengths is not None:
         lengths = jnp.asarray(lengths)
         checks.integer(_OP, "lengths", lengths)
@@ -63,8 +67,17 @@ def topk_select(
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"{_OP}: lengths got shape {tuple(lengths.shape)}, wanted one that broadcasts to {rows}")
+            raise ValueError(
+                f"{_OP}: lengths got shape {tuple(lengths.shape)}, wanted one that broadcasts to {rows}"
+            )
         lengths = jnp.broadcast_to(lengths, rows)
     return dispatch.call(
-        _OP, implementation, _TABLE, scores, topk, lengths=lengths, with_indices=with_indices, block_sizes=block_sizes
+        _OP,
+        implementation,
+        _TABLE,
+        scores,
+        topk,
+        lengths=lengths,
+        with_indices=with_indices,
+        block_sizes=block_sizes,
     )

@@ -239,7 +239,7 @@ def topk_select(
             jnp.zeros(flat.shape[:1], jnp.int32),
             end.reshape(-1),
             budget.reshape(-1),
-            block_s=block_sizes and block_sizes.block_s,
+            block_s=None if block_sizes is None else block_sizes.block_s,
         )
     count, threshold, cut = (x.reshape(rows) for x in (count, threshold, cut))
     indices = None

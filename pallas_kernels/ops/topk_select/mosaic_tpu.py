@@ -166,15 +166,16 @@ def _kernel(
             chosen_ref[:, column : column + 1] = value
 
 
-def _heuristic(s: int, dtype) -> TopKSelectBlockSizes:
+def _heuristic(s: int, dtype) -> tuple[int, int]:
+    """Returns (block_rows, block_s)."""
     # More rows together hide the latency of a pass; long rows fill the registers alone. bf16 tiles are 16 rows.
     rows = 64 if s <= 8192 else 32 if s <= 16384 else 16 if s <= 32768 else 8
-    return TopKSelectBlockSizes(block_rows=max(rows, 32 // dtype.itemsize), block_s=16384)
+    return max(rows, 32 // dtype.itemsize), 16384
 
 
 def _sizes(num_rows: int, s: int, dtype, block_sizes) -> tuple[int, int]:
     """Returns (block_rows, block_s), rounded to what the hardware tiles."""
-    heuristic = _heuristic(s, dtype)
+    usual_rows, usual_s = _heuristic(s, dtype)
     sizes = block_sizes_.resolve(
         _OP,
         "mosaic_tpu",
@@ -182,11 +183,11 @@ def _sizes(num_rows: int, s: int, dtype, block_sizes) -> tuple[int, int]:
         cls=TopKSelectBlockSizes,
         dtype=dtype.name,
         bucket={"rows": num_rows, "s": s},
-        heuristic=lambda: heuristic,
+        heuristic=lambda: TopKSelectBlockSizes(block_rows=usual_rows, block_s=usual_s),
     )
     tile = 32 // dtype.itemsize
-    block_rows = round_up(sizes.block_rows or heuristic.block_rows, tile)
-    block_s = round_up(min(sizes.block_s or heuristic.block_s, s), LANES)
+    block_rows = round_up(sizes.block_rows or usual_rows, tile)
+    block_s = round_up(min(sizes.block_s or usual_s, s), LANES)
     # A block of odd width would leave steps of one register a row.
     return min(block_rows, round_up(num_rows, tile)), round_up(
         block_s, min(1024, pl.next_power_of_2(block_s))

@@ -60,7 +60,11 @@ def select(
         reached = how_many(x >= _bound(middle)[..., None])
         up = is_open(low, high, reach) & (reached >= count)
         down = is_open(low, high, reach) & (reached < count)
-        return jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, reached, reach)
+        return (
+            jnp.where(up, middle, low),
+            jnp.where(down, middle, high),
+            jnp.where(up, reached, reach),
+        )
 
     low, _, reach = lax.while_loop(lambda b: jnp.any(is_open(*b)), halve, (low, high, alive))
     threshold = jnp.min(jnp.where(x >= _bound(low)[..., None], x, jnp.inf), axis=-1)
@@ -104,7 +108,7 @@ def topk_select(scores, topk, *, lengths, with_indices, block_sizes=None):
         x = rankable(scores, visible)
         count, threshold, tie_cut = select(x, budget)
         indices = selection.compact(chosen(x, threshold, tie_cut), topk) if with_indices else None
-        return indices, count, threshold, tie_cut
+        return TopKSelection(indices, count, threshold, tie_cut)
 
     flat = scores.reshape(-1, s)
     at_once = max(_CHUNK_BYTES // (4 * s), 1)
@@ -116,4 +120,4 @@ def topk_select(scores, topk, *, lengths, with_indices, block_sizes=None):
             (flat, budget, bounds),
             batch_size=at_once,
         )
-    return TopKSelection(*(x if x is None else x.reshape(*rows, *x.shape[1:]) for x in found))
+    return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), found)
