@@ -121,75 +121,79 @@ def check_control(rows: list[dict]) -> None:
 
 def _one_context(context, config, loaded, unstacked, measure, progress) -> dict:
     """Measures everything at one context; returns a row a setting, and an example completion a setting."""
-    from jaxtopk.evaluation import metrics
-
-    window_jobs = measure.windows(loaded, config, context)
-    example = dataclasses.replace(window_jobs[0], targets=(), steps=config.shown_tokens)
-    samples = {
-        task.name: measure.task_samples(task, loaded.tokenizer, config, context)
-        for task in config.tasks
-    }
-    jobs = [*window_jobs, example, *(job for drawn in samples.values() for _, job in drawn)]
+    windows = measure.windows(loaded, config, context)
+    # The first window is also the example: after its scored tokens it goes on by itself.
+    first = windows[0]
+    windows[0] = dataclasses.replace(first, steps=config.scored_tokens + config.shown_tokens)
+    samples = [
+        measure.task_samples(task, loaded.tokenizer, config, context) for task in config.tasks
+    ]
+    jobs = [*windows, *(job for drawn in samples for _, job in drawn)]
 
     bar = progress.add_task(f"decoding at context {context}", total=len(jobs))
     advance = lambda done, bar=bar: progress.advance(bar, done)
-    results = list(measure.follow(unstacked, jobs, config, done=advance))
-    settings = list(results[0])
+    followed = list(measure.follow(unstacked, jobs, config, done=advance))
+    settings = list(followed[0])
     bar = progress.add_task("timing", total=len(settings) * (config.timed_rounds + 1))
-    times = measure.step_milliseconds(
-        unstacked, example, config, done=lambda done: progress.advance(bar, done)
-    )
+    advance = lambda done, bar=bar: progress.advance(bar, done)
+    times = measure.step_milliseconds(unstacked, first, config, done=advance)
 
-    scored, [shown], replies = (
-        results[: config.windows],
-        results[config.windows :][:1],
-        results[config.windows + 1 :],
-    )
-    losses = {
-        setting: [-float(of[setting].log_probs.mean()) for of in scored] for setting in settings
-    }
-    read = lambda setting, field: float(
-        sum(getattr(of[setting], field).mean() for of in scored) / len(scored)
-    )
+    scored, replies = followed[: config.windows], followed[config.windows :]
     rows = []
     for setting in settings:
-        mean_loss = sum(losses[setting]) / len(scored)
-        changes = [a - b for a, b in zip(losses[setting], losses[measure.FULL], strict=True)]
-        low, high = metrics.mean_interval(changes)
-        full = setting == measure.FULL
         row = {
             "context": context,
-            "attention": "full" if full else "topk",
-            "ratio": 1.0 if full else setting,
-            "n": len(scored) * config.scored_tokens,
-            "windows": len(scored),
-            "perplexity": math.exp(mean_loss),
-            "perplexity_change": math.expm1(sum(changes) / len(changes)),
-            "perplexity_change_95": None
-            if len(changes) == 1
-            else [math.expm1(low), math.expm1(high)],
-            "mass_kept": read(setting, "mass"),
-            "keys_attended": read(setting, "attended"),
+            "attention": "full" if setting == measure.FULL else "topk",
+            "ratio": 1.0 if setting == measure.FULL else setting,
             "keys_visible": context + (config.scored_tokens - 1) / 2,
-            "ms_per_token": measure.median(times[setting]),
-            "ms_per_token_range": [min(times[setting]), max(times[setting])],
-            "tasks": {},
         }
-        for number, (task, drawn) in enumerate(zip(config.tasks, samples.values(), strict=True)):
+        row |= _scores(setting, scored, config, measure.FULL)
+        row["ms_per_token"] = measure.median(times[setting])
+        row["ms_per_token_range"] = [min(times[setting]), max(times[setting])]
+        row["tasks"] = {}
+        for number, (task, drawn) in enumerate(zip(config.tasks, samples, strict=True)):
             of_task = replies[number * config.samples : (number + 1) * config.samples]
             texts = [_text(loaded.tokenizer, of[setting].tokens) for of in of_task]
-            right = sum(
-                task.score(sample, text) for (sample, _), text in zip(drawn, texts, strict=True)
-            )
-            row["tasks"][task.name] = {
-                "n": len(drawn),
-                "accuracy": right / len(drawn),
-                "accuracy_95": list(metrics.wilson_interval(right, len(drawn))),
-            }
+            row["tasks"][task.name] = _accuracy(task, [sample for sample, _ in drawn], texts)
         rows.append(row)
-    texts = {setting: _text(loaded.tokenizer, shown[setting].tokens) for setting in settings}
-    prompt = loaded.tokenizer.decode(list(example.prompt[-60:]))
-    return {"rows": rows, "example": {"context": context, "prompt": prompt, "texts": texts}}
+    shown = {
+        setting: _text(loaded.tokenizer, found.tokens[config.scored_tokens :])
+        for setting, found in followed[0].items()
+    }
+    prompt = loaded.tokenizer.decode([*first.prompt, *first.targets][-80:])
+    return {"rows": rows, "example": {"context": context, "prompt": prompt, "texts": shown}}
+
+
+def _scores(setting, scored, config, full) -> dict:
+    """Perplexity, its change against full attention, and what was kept, over the scored tokens of all windows."""
+    from jaxtopk.evaluation import metrics
+
+    part = slice(0, config.scored_tokens)
+    loss = lambda of, which: -float(of[which].log_probs[part].mean())
+    mean = lambda values: sum(values) / len(values)
+    changes = [loss(of, setting) - loss(of, full) for of in scored]
+    interval = [math.expm1(end) for end in metrics.mean_interval(changes)]
+    return {
+        "n": len(scored) * config.scored_tokens,
+        "windows": len(scored),
+        "perplexity": math.exp(mean([loss(of, setting) for of in scored])),
+        "perplexity_change": math.expm1(mean(changes)),
+        "perplexity_change_95": None if len(changes) == 1 else interval,
+        "mass_kept": mean([float(of[setting].mass[part].mean()) for of in scored]),
+        "keys_attended": mean([float(of[setting].attended[part].mean()) for of in scored]),
+    }
+
+
+def _accuracy(task, samples, texts) -> dict:
+    """The share of replies that hold the answer, with its interval."""
+    from jaxtopk.evaluation import metrics
+
+    right = sum(task.score(sample, text) for sample, text in zip(samples, texts, strict=True))
+    return {
+        "n": len(samples),
+        "accuracy": right / len(samples),
+        "accuracy_95": list(metrics.wilson_interval(right, len(samples))),
+    }
 
 
 def _common(config, loaded) -> dict:

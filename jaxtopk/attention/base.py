@@ -33,7 +33,7 @@ class AttentionStrategy(abc.ABC):
           query, key, value: RoPE already applied; the last query is aligned with the last key.
           scale: None means H ** -0.5.
           window: rows see only their last `window` keys, themselves included.
-          lengths: valid keys of each sequence; None means all.
+          lengths: valid keys of each sequence; None means all. Where T == S, rows past them are garbage, but finite.
           segment_ids: documents of a packed batch (T == S); rows see their own document only.
           sparse_rows: False where a row is to be dense whatever the strategy; None means the strategy's rule everywhere.
         """

@@ -11,9 +11,7 @@ from jaxtopk.attention.base import AttentionStrategy
 from pallas_kernels.core.platform import target_platform
 
 _CHUNK_BYTES = 2**28  # float32 scores that the chunked path holds at a time
-_PIECE_ROWS = (
-    128  # rows that share a slice of the keys; more of them where there would be too many pieces
-)
+_PIECE_ROWS = 64  # rows that share a slice of the keys; more where there would be too many pieces
 _MAX_PIECES = 16
 
 
@@ -43,11 +41,8 @@ class FullAttention(AttentionStrategy):
         s = key.shape[1]
         if segment_ids is None and t == s and _has_cudnn(query, value):
             local = None if window is None else (window - 1, 0)
-            lengths_kv = (
-                {}
-                if lengths is None
-                else dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-            )
+            # `lengths` is not passed on: below it, causality hides the padding already, and rows past it then stay finite,
+            # where the kernel may leave memory as it was. They end up in caches, where a NaN times a weight of 0 is NaN.
             return jax.nn.dot_product_attention(
                 query,
                 key,
@@ -56,7 +51,6 @@ class FullAttention(AttentionStrategy):
                 is_causal=True,
                 local_window_size=local,
                 implementation="cudnn",
-                **lengths_kv,
             )
         # Pieces of rows, each against the keys its rows can see: causal attention at about half the dense cost, and
         # scores that stay in a CPU's caches.

@@ -193,7 +193,7 @@ def test_a_bad_configuration_is_refused(config, changes, message):
 
 def test_a_context_beyond_the_model_is_refused_before_work(config):
     with pytest.raises(
-        ValueError, match="contexts: got 5000 and 5 more, wanted at most the model's 4096"
+        ValueError, match="contexts: got 5000 and 9 more, wanted at most the model's 4096"
     ):
         sources.load(dataclasses.replace(config, contexts=(5000,)))
 

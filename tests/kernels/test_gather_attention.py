@@ -221,9 +221,8 @@ def test_sizes_of_chunks_and_one_row_do_not_matter(backward):
         )
 
     whole = run(99)
-    for rows in (1, 3):
-        for x, y in zip(jax.tree.leaves(run(rows)), jax.tree.leaves(whole), strict=True):
-            testing.assert_accurate(x, y)
+    for x, y in zip(jax.tree.leaves(run(3)), jax.tree.leaves(whole), strict=True):
+        testing.assert_accurate(x, y)
     last = jitted_attention(args[0][:, -1:], *args[1:3], args[3][:, -1:])
     testing.assert_accurate(last, whole[0][0][:, -1:])
 

@@ -8,8 +8,8 @@ from, so each is a few lines around `DecoderLayer.project` and `DecoderLayer.com
 Matrices are stored [in, out]: a decode step is bound by reading them, and that layout streams best on a CPU.
 """
 
-import math
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 

@@ -35,9 +35,9 @@ class GatherAttentionBlockSizes:
 
 
 # Measured: a CPU is fastest while a chunk stays in its caches, and a GPU when launches are few and large.
-CHUNK_BYTES = {"cpu": 2**23, "gpu": 2**28, "tpu": 2**28}
+CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}
 
-SLOT_COST = 6  # keys that a CPU passes in matrix products in the time of one slot of a list
+SLOT_COST = 8  # keys that a CPU passes in matrix products in the time of one slot of a list
 
 
 def chunk_rows(rows: int, row_bytes: int, *, least: int = 1) -> int:

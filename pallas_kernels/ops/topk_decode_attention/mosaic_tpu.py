@@ -15,7 +15,8 @@ The cache is read in the layout that XLA itself gives it at a program's edge, so
 where K and H fill tiles, else [K, S, H], or [K, H, S] where H would leave lanes empty. An S that is not a multiple of 128 can
 be cut into blocks in the first layout only, and XLA copies the others into it: keep the capacity a multiple of 128.
 
-Grid (B,), parallel. VMEM: heads x S x 4 bytes of order keys, two blocks each of keys and values.
+Grid (B,), parallel. VMEM: heads x S x 4 bytes of order keys, two blocks each of keys and values. Compiled ahead of time for
+v5e, v5p, v6e and tpu7x, and interpreted; never executed on a TPU.
 """
 
 import dataclasses

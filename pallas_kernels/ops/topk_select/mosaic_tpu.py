@@ -6,7 +6,8 @@
 
 HBM is read once, every pass of 2 and 3 reads VMEM, and the counts are integers: exact, and the same in any order. Grid
 (rows / block_rows, S / block_s); the second axis carries the row buffer, so it runs in order. Blocks past the longest row
-of their group are neither fetched nor scanned. VMEM: block_rows x S x 4 bytes of keys, two blocks of scores.
+of their group are neither fetched nor scanned. VMEM: block_rows x S x 4 bytes of keys, two blocks of scores. Compiled
+ahead of time for v5e, v5p, v6e and tpu7x, and interpreted; never executed on a TPU.
 """
 
 import functools
