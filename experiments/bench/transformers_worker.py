@@ -46,7 +46,7 @@ def main() -> None:
                 token = logits[:, -1].argmax(-1, keepdim=True)
                 tokens.append(int(token))
             seconds = time.perf_counter() - begin
-            cache.crop(length - 1)
+            cache.crop(-steps)
             say({"seconds": seconds, "tokens": tokens})
 
 

@@ -119,9 +119,12 @@ class TopKAttention(AttentionStrategy):
         out = self._decode(query, key, value, lengths, scale, window, return_residuals=False)
         return cast(jax.Array, out)  # a pair only with residuals
 
-    def decode_with_residuals(self, query, key, value, *, lengths, scale=None, window=None):
+    def decode_with_residuals(
+        self, query, key, value, *, lengths, scale=None, window=None
+    ) -> tuple[jax.Array, pallas_kernels.TopKDecodeResiduals]:
         """Returns what `decode` returns and the `TopKDecodeResiduals` of the rows: what was kept, and its log-sum-exp."""
-        return self._decode(query, key, value, lengths, scale, window, return_residuals=True)
+        found = self._decode(query, key, value, lengths, scale, window, return_residuals=True)
+        return cast("tuple[jax.Array, pallas_kernels.TopKDecodeResiduals]", found)
 
     def _decode(self, query, key, value, lengths, scale, window, *, return_residuals):
         batch = query.shape[0]

@@ -56,7 +56,7 @@ def generate(
     them are decode rows of the strategy. A sequence ends with one of the tokenizer's end tokens, a stop string, or
     `max_new_tokens`; the loop ends when all sequences have.
 
-    Compiles once for each padded prompt length, cache capacity (`loops.padded_size`) and batch size. `decode` wants the
+    Compiles once for each padded prompt length, cache capacity (`loops.cache_capacity`) and batch size. `decode` wants the
     layers apart (`DecoderLM.unstacked`, a copy of them): for many calls, pass such a model.
 
     Args:

@@ -23,12 +23,18 @@ from jaxtopk.decoding.sampling import Sampler, SamplingConfig, random_streams, s
 from jaxtopk.models.decoder_lm.modeling import DecoderLM
 
 _GRANULE = 64  # tokens
+_TILE = 128  # tokens
 
 
 def padded_size(size: int) -> int:
     """Rounds a length up: to a multiple of 64 below 1024, then of an eighth of the power of two below it (at most 12.5 %)."""
     granule = max(_GRANULE, 2 ** (max(size, 1).bit_length() - 1) // 8)
     return max(1, -(-size // granule)) * granule
+
+
+def cache_capacity(size: int) -> int:
+    """Rounds the tokens a cache must hold up: as `padded_size`, and to a whole tile of 128, which a TPU reads uncopied."""
+    return -(-padded_size(size) // _TILE) * _TILE
 
 
 class ForcedDecode(typing.NamedTuple):
@@ -128,7 +134,7 @@ def prefill(
     Args:
       model: its strategy says which attention prompt rows get, and how many last tokens are decoded instead.
       prompts: token ids, at least one a prompt.
-      new_tokens: room to leave in the cache after the longest prompt; its capacity is `padded_size` of both together.
+      new_tokens: room to leave in the cache after the longest prompt; its capacity is `cache_capacity` of both together.
       cache_dtype: of keys and values; None means the model's own.
     """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
@@ -140,7 +146,7 @@ def prefill(
     forced_counts = np.minimum(lengths, suffix)
     cached = lengths - forced_counts
     width = padded_size(int(cached.max())) if cached.any() else 0
-    capacity = max(width, padded_size(int(lengths.max()) + new_tokens))
+    capacity = cache_capacity(max(width, int(lengths.max()) + new_tokens))
     tokens = np.zeros((len(prompts), width), np.int32)
     forced = np.zeros((len(prompts), suffix), np.int32)
     for row, prompt in enumerate(prompts):
@@ -391,6 +397,7 @@ __all__ = [
     "ForcedDecode",
     "Prefilled",
     "advance",
+    "cache_capacity",
     "check_new_tokens",
     "continue_tokens",
     "decode_forced",

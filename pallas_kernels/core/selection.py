@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
+from pallas_kernels.core import varying
+
 DEAD = -(2**31)  # order key of a key that the row may not see
 NAN = -(2**31) + 1  # order key of a NaN score
 NOTHING = 2**31 - 1  # threshold key of a row that selects nothing
@@ -87,15 +89,17 @@ def compact(mask: Bool[Array, "... S"], size: int) -> Int32[Array, "... {size}"]
         enough = jnp.take_along_axis(so_far, middle, axis=-1, mode="clip") >= wanted
         return jnp.where(enough, left, middle + 1), jnp.where(enough, middle, right)
 
-    first = jnp.zeros_like(wanted)
-    left, _ = lax.fori_loop(0, s.bit_length(), halve, (first, jnp.full_like(wanted, s)))
+    so_far, first, last = varying.align(so_far, jnp.zeros_like(wanted), jnp.full_like(wanted, s))
+    left, _ = lax.fori_loop(0, s.bit_length(), halve, (first, last))
     return jnp.where(left < s, left, -1)
 
 
 def ratio_fraction(ratio: float) -> tuple[int, int]:
     """Turns a share in (0, 1] into whole numbers (a, d), d <= 2**15, once and in Python: 0.07 is 7/100, not 8 of 100."""
     fraction = fractions.Fraction(ratio).limit_denominator(MAX_RATIO_DENOMINATOR)
-    return max(fraction.numerator, 1), fraction.denominator
+    if fraction.numerator == 0:
+        return 1, MAX_RATIO_DENOMINATOR
+    return fraction.numerator, fraction.denominator
 
 
 def budget_from_ratio(

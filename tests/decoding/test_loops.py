@@ -171,6 +171,10 @@ def test_padding_is_little_and_the_padded_sizes_few(size):
     assert padded - size <= max(64, size / 8)
     assert loops.padded_size(padded) == padded
     assert len({loops.padded_size(n) for n in range(1, 2049)}) == 16 + 8
+    capacity = loops.cache_capacity(size)
+    assert capacity >= padded
+    assert capacity % 128 == 0
+    assert capacity - padded < 128
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,12 @@ def merge(*parts):
 def test_parts_merge_into_the_whole_however_they_are_grouped(four):
     with jax.enable_x64(True):
         (a, b, c), whole = parts_of(four=four)
-        for merged in (merge(a, b, c), merge(merge(a, b), c), merge(c, merge(b, a)), merge(whole)):
+        for merged in (
+            merge(a, b, c),
+            merge(merge(a, b), c),
+            merge(c, merge(b, a)),
+            merge(tuple(map(jnp.asarray, whole))),
+        ):
             for x, y in zip(merged, whole, strict=True):
                 testing.assert_accurate(x, y)
         stacked = merge_attention(*(jnp.stack(x) for x in zip(a, b, c, strict=True)))

@@ -163,7 +163,7 @@ def test_what_is_not_selected_may_hold_anything(implementation, scope):
     query, key, value = draw()
     lengths = jnp.asarray([29, 0, 11], jnp.int32)
     run = jitted(topk=4, lengths=lengths, scope=scope, implementation=implementation)
-    hidden = (jnp.arange(29) >= lengths[:, None]).at[0, 3].set(True)[..., None, None]
+    hidden = (jnp.arange(29)[None] >= lengths[:, None]).at[0, 3].set(True)[..., None, None]
     poisoned = run(query, *(jnp.where(hidden, jnp.nan, x) for x in (key, value)))
     # Key 3 of the first sequence now has a score of NaN, which is never selected.
     for x in jax.tree.leaves(poisoned[:2]):

@@ -100,12 +100,12 @@ def test_rows_may_have_any_axes_and_budgets_broadcast_to_them(implementation):
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 20)), jnp.float32)
     topk = jnp.asarray([[1], [4]], jnp.int32)
     lengths = jnp.asarray([5, 20, 0], jnp.int32)
-    got = topk_select(
-        scores, topk, lengths=lengths, with_indices=False, implementation=implementation
-    )
+    run = functools.partial(topk_select, implementation=implementation)
+    several = jax.jit(functools.partial(run, with_indices=False), compiler_options=HURRY)
+    got = several(scores, topk, lengths=lengths)
     assert got.indices is None
     np.testing.assert_array_equal(got.count, [[1, 1, 0], [4, 4, 0]])
-    single = topk_select(scores[0, 1], 4, implementation=implementation)
+    single = jax.jit(lambda row: run(row, 4), compiler_options=HURRY)(scores[0, 1])
     assert single.count.shape == ()
     assert single.indices.shape == (4,)
     np.testing.assert_array_equal(single.indices, best(np.asarray(scores[0, 1]), 4, 20))
@@ -114,16 +114,17 @@ def test_rows_may_have_any_axes_and_budgets_broadcast_to_them(implementation):
 def test_rows_that_are_searched_in_turns_give_the_same(monkeypatch):
     rows = jnp.asarray(np.stack(list(testing.adversarial_scores(33, 5).values())))
     lengths = jnp.asarray(np.arange(len(rows)) + 10, jnp.int32)
-    want = topk_select(rows, 5, lengths=lengths, implementation="xla")
+    want = compiled("reference", topk=5)(rows, lengths)
     monkeypatch.setattr(xla, "_CHUNK_BYTES", 4 * 33 * 4)  # four rows, and a remainder
-    testing.assert_same_selection(topk_select(rows, 5, lengths=lengths, implementation="xla"), want)
+    testing.assert_same_selection(compiled.__wrapped__("xla", topk=5)(rows, lengths), want)
 
 
 def test_rows_too_long_to_count_in_float32_are_counted_in_int32(monkeypatch):
     rows = jnp.asarray(np.stack(list(testing.adversarial_scores(33, 5).values())))
-    want = topk_select(rows, 5, implementation="reference")
+    lengths = jnp.full((len(rows),), 33, jnp.int32)
+    want = compiled("reference", topk=5)(rows, lengths)
     monkeypatch.setattr(xla, "_MAX_EXACT_COUNT", 33)
-    testing.assert_same_selection(topk_select(rows, 5, implementation="xla"), want)
+    testing.assert_same_selection(compiled.__wrapped__("xla", topk=5)(rows, lengths), want)
 
 
 @hypothesis.given(seed=st.integers(0, 2**16), size=st.sampled_from((7, 97)))
