@@ -33,7 +33,7 @@ class QuickstartConfig:
     shown_tokens: int = 24  # of the example completions, after the first window
     batch: int = 4  # windows or samples at a time; each takes one row a setting
     timed_steps: int = 16  # decode steps of one timing
-    timed_rounds: int = 3  # timings of each setting, taken in turn; the median counts
+    timed_rounds: int = 5  # timings of each setting, taken in turn; the median counts
     dtype: str = "float32"  # of quality: the control is compared to 1e-5
     timing_dtype: str = "float32"
     seed: int = 0

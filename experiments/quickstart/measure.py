@@ -116,11 +116,13 @@ def follow(
     """Decodes every job under every setting; yields one result a job, in order.
 
     Args:
-      model: with one module a layer (`DecoderLM.unstacked`).
+      model: as loaded, its layers stacked; a copy with separate layers is made for the decoding.
       done: called with the number of jobs just finished.
     """
-    sparse = model.with_attention(
-        TopKAttention(topk_ratio=config.ratios, sparse_suffix=config.sparse_suffix)
+    strategy = TopKAttention(topk_ratio=config.ratios, sparse_suffix=config.sparse_suffix)
+    unstacked = model.unstacked()
+    full_model, sparse_model = (
+        unstacked.with_attention(one) for one in (FullAttention(), strategy)
     )
     each = len(config.ratios)
     repeated = lambda x: jnp.repeat(x, each, axis=0)
@@ -128,19 +130,17 @@ def follow(
         batch = jobs[start : start + config.batch]
         # A last batch that is short is filled up, so that it needs no compilation of its own.
         rows = [*batch, *[batch[-1]] * (config.batch - len(batch))]
-        cache, forced = prefilled(sparse, rows, config)
+        cache, forced = prefilled(model.with_attention(strategy), rows, config)
         steps = config.sparse_suffix - 1 + max(job.steps for job in batch)
         targets = np.full((len(rows), config.sparse_suffix - 1 + config.room), -1, np.int32)
         targets[:, : config.sparse_suffix - 1] = forced[:, 1:]
         for row, job in enumerate(rows):
             targets[row, config.sparse_suffix - 1 :][: len(job.targets)] = job.targets
         first, targets = jnp.asarray(forced[:, 0]), jnp.asarray(targets)
-        topk, _ = _decode(
-            sparse, repeated(first), repeated(targets), repeat_cache(cache, each), jnp.int32(steps)
-        )
-        full, _ = _decode(
-            model.with_attention(FullAttention()), first, targets, cache, jnp.int32(steps)
-        )
+        steps = jnp.int32(steps)
+        copies = repeat_cache(cache, each)
+        topk, _ = _decode(sparse_model, repeated(first), repeated(targets), copies, steps)
+        full, _ = _decode(full_model, first, targets, cache, steps)
         topk, full = jax.device_get((topk, full))
         for row, job in enumerate(batch):
             part = slice(config.sparse_suffix - 1, config.sparse_suffix - 1 + job.steps)
@@ -200,32 +200,36 @@ def step_milliseconds(
 ) -> dict[Setting, list[float]]:
     """Times greedy decoding of one sequence after its prompt, per token, under every setting in turn, several rounds.
 
-    Every setting runs `timed_steps` steps in one compiled loop, from the same cache, after a run that is not counted.
-    Budgets are arguments of the loop, so all ratios run one program, the one that `topk_ratio` runs.
+    Every setting runs `timed_steps` steps in one compiled loop, from the same cache. Budgets are arguments of the loop, so
+    all ratios run one program, the one that `topk_ratio` runs; each program runs once before the clock does.
+
+    Args:
+      model: as loaded; a copy in `timing_dtype`, with separate layers, is timed.
+      done: called with the number of runs just finished.
 
     Returns:
       The time of each round [ms], by setting.
     """
     model = cast(model, config.timing_dtype)
     cache, forced = prefilled(model.with_attention(TopKAttention(topk_ratio=1.0)), [job], config)
-    # Settled in memory before the clock runs.
-    cache, token = jax.block_until_ready((cache, jnp.asarray(forced[:, 0])))
-    settings: list[Setting] = [FULL, *config.ratios]
-    programs = {FULL: _timed_full, **dict.fromkeys(config.ratios, _timed_topk)}
+    model = model.unstacked()
+    token = jnp.asarray(forced[:, 0])
     budgets = {
         ratio: pallas_kernels.budget_from_ratio(cache.lengths + 1, ratio)[:, None]
         for ratio in config.ratios
-    } | {FULL: jnp.ones((1, 1), jnp.int32)}
-    times: dict[Setting, list[float]] = {setting: [] for setting in settings}
-    for round_ in range(config.timed_rounds + 1):
-        for setting in settings:
+    }
+    programs = {FULL: (_timed_full, jnp.ones((1, 1), jnp.int32))} | {
+        ratio: (_timed_topk, budget) for ratio, budget in budgets.items()
+    }
+    steps = config.timed_steps
+    for program, budget in (programs[FULL], programs[config.ratios[0]]):
+        cache = jax.block_until_ready(program(model, token, cache, budget, steps=steps))
+    times: dict[Setting, list[float]] = {setting: [] for setting in programs}
+    for _ in range(config.timed_rounds):
+        for setting, (program, budget) in programs.items():
             begin = time.perf_counter()
-            cache = programs[setting](
-                model, token, cache, budgets[setting], steps=config.timed_steps
-            )
-            jax.block_until_ready(cache)
-            if round_:  # the first one compiles
-                times[setting].append(1e3 * (time.perf_counter() - begin) / config.timed_steps)
+            cache = jax.block_until_ready(program(model, token, cache, budget, steps=steps))
+            times[setting].append(1e3 * (time.perf_counter() - begin) / steps)
             done(1)
     return times
 

@@ -85,12 +85,11 @@ def run(arguments: Arguments) -> list[dict]:
     ) as progress:
         loading = progress.add_task("loading the model", total=1)
         loaded = sources.load(config)
-        unstacked = loaded.model.unstacked()
         progress.advance(loading)
         common = provenance() | _common(config, loaded)
         rows, examples = [], []
         for context in config.contexts:
-            found = _one_context(context, config, loaded, unstacked, measure, progress)
+            found = _one_context(context, config, loaded, measure, progress)
             rows += [common | row for row in found["rows"]]
             examples.append(found["example"])
     check_control(rows)
@@ -119,7 +118,7 @@ def check_control(rows: list[dict]) -> None:
         print(line)
 
 
-def _one_context(context, config, loaded, unstacked, measure, progress) -> dict:
+def _one_context(context, config, loaded, measure, progress) -> dict:
     """Measures everything at one context; returns a row a setting, and an example completion a setting."""
     windows = measure.windows(loaded, config, context)
     # The first window is also the example: after its scored tokens it goes on by itself.
@@ -132,11 +131,11 @@ def _one_context(context, config, loaded, unstacked, measure, progress) -> dict:
 
     bar = progress.add_task(f"decoding at context {context}", total=len(jobs))
     advance = lambda done, bar=bar: progress.advance(bar, done)
-    followed = list(measure.follow(unstacked, jobs, config, done=advance))
+    followed = list(measure.follow(loaded.model, jobs, config, done=advance))
     settings = list(followed[0])
-    bar = progress.add_task("timing", total=len(settings) * (config.timed_rounds + 1))
+    bar = progress.add_task("timing", total=len(settings) * config.timed_rounds)
     advance = lambda done, bar=bar: progress.advance(bar, done)
-    times = measure.step_milliseconds(unstacked, first, config, done=advance)
+    times = measure.step_milliseconds(loaded.model, first, config, done=advance)
 
     scored, replies = followed[: config.windows], followed[config.windows :]
     rows = []

@@ -80,7 +80,7 @@ def test_perplexity_is_that_of_a_whole_forward_pass(loaded, config):
     jobs = measure.windows(loaded, config, 384)
     full = [
         found[measure.FULL]
-        for found in measure.follow(loaded.model.unstacked(), jobs, config, done=lambda n: None)
+        for found in measure.follow(loaded.model, jobs, config, done=lambda n: None)
     ]
     for job, found in zip(jobs, full, strict=True):
         tokens = jnp.asarray([job.prompt + job.targets])
@@ -95,9 +95,9 @@ def test_perplexity_is_that_of_a_whole_forward_pass(loaded, config):
 
 def test_a_setting_scores_as_it_does_when_run_alone(loaded, config):
     (job,) = measure.windows(loaded, dataclasses.replace(config, windows=1), 384)
-    together = next(measure.follow(loaded.model.unstacked(), [job], config, done=lambda n: None))
+    together = next(measure.follow(loaded.model, [job], config, done=lambda n: None))
     alone = dataclasses.replace(config, ratios=(1.0, 0.05), batch=1)
-    apart = next(measure.follow(loaded.model.unstacked(), [job], alone, done=lambda n: None))
+    apart = next(measure.follow(loaded.model, [job], alone, done=lambda n: None))
     for setting in (measure.FULL, 1.0, 0.05):
         np.testing.assert_allclose(together[setting].log_probs, apart[setting].log_probs, atol=1e-5)
         np.testing.assert_allclose(together[setting].mass, apart[setting].mass, atol=1e-5)
@@ -108,8 +108,7 @@ def test_a_longer_sparse_suffix_changes_sparse_rows_only(loaded, config):
     one = dataclasses.replace(config, batch=1)
     eight = dataclasses.replace(one, sparse_suffix=8)
     short, long = (
-        next(measure.follow(loaded.model.unstacked(), [job], c, done=lambda n: None))
-        for c in (one, eight)
+        next(measure.follow(loaded.model, [job], c, done=lambda n: None)) for c in (one, eight)
     )
     for setting in (measure.FULL, 1.0):
         np.testing.assert_allclose(short[setting].log_probs, long[setting].log_probs, atol=2e-5)
@@ -120,9 +119,7 @@ def test_a_longer_sparse_suffix_changes_sparse_rows_only(loaded, config):
 def test_a_drawn_token_is_the_most_likely_one(loaded, config):
     (job,) = measure.windows(loaded, dataclasses.replace(config, windows=1), 384)
     free = dataclasses.replace(job, targets=(), steps=3)
-    found = next(measure.follow(loaded.model.unstacked(), [free], config, done=lambda n: None))[
-        measure.FULL
-    ]
+    found = next(measure.follow(loaded.model, [free], config, done=lambda n: None))[measure.FULL]
     tokens = [*job.prompt, *map(int, found.tokens)]
     likely = jnp.argmax(jax.jit(loaded.model)(jnp.asarray([tokens]))[0], axis=-1)
     assert likely[len(job.prompt) - 1 : -1].tolist() == tokens[len(job.prompt) :]
@@ -139,8 +136,7 @@ def test_task_prompts_fit_the_context_and_batches_are_filled(loaded, config):
 
 def test_timing_counts_the_rounds_of_every_setting(loaded, config):
     (job,) = measure.windows(loaded, dataclasses.replace(config, windows=1), 384)
-    model = loaded.model.unstacked()
-    times = measure.step_milliseconds(model, job, config, done=lambda n: None)
+    times = measure.step_milliseconds(loaded.model, job, config, done=lambda n: None)
     assert list(times) == [measure.FULL, *config.ratios]
     assert {len(rounds) for rounds in times.values()} == {config.timed_rounds}
     assert min(min(rounds) for rounds in times.values()) > 0
