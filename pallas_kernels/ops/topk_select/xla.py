@@ -55,14 +55,14 @@ def select(
         return (reach != count) & (high - low != 1) & (count > 0)
 
     def halve(bracket):
+        # A row that is done keeps its set: a higher `low` is only taken where it reaches as many keys.
         low, high, reach = bracket
         middle = low + lax.shift_right_logical(high - low, jnp.int32(1))
         reached = how_many(x >= _bound(middle)[..., None])
-        up = is_open(low, high, reach) & (reached >= count)
-        down = is_open(low, high, reach) & (reached < count)
+        up = reached >= count
         return (
             jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
+            jnp.where(up, high, middle),
             jnp.where(up, reached, reach),
         )
 
