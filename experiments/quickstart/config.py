@@ -27,13 +27,13 @@ class QuickstartConfig:
     sparse_suffix: int = 1  # last prompt tokens that go through Top-k rows; the others are prefilled with full attention
     windows: int = 4  # pieces of text whose continuation is scored
     scored_tokens: int = 24  # of each window, decoded one by one
-    samples: int = 8  # of each task
+    samples: int = 6  # of each task
     tasks: tuple[Task, ...] = (NeedleInHaystack(), JsonKeyValue(entries="words"))
     reply_tokens: int = 9  # longest reply to a task
-    shown_tokens: int = 24  # of the example completions, after the first window
+    shown_tokens: int = 16  # of the example completions, after the first window
     batch: int = 4  # windows or samples at a time; each takes one row a setting
-    timed_steps: int = 16  # decode steps of one timing
-    timed_rounds: int = 5  # timings of each setting, taken in turn; the median counts
+    timed_steps: int = 10  # decode steps of one timing
+    timed_rounds: int = 3  # timings of each setting, taken in turn; the median counts
     dtype: str = "float32"  # of quality: the control is compared to 1e-5
     timing_dtype: str = "float32"
     seed: int = 0
