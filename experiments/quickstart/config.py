@@ -28,7 +28,10 @@ class QuickstartConfig:
     windows: int = 4  # pieces of text whose continuation is scored
     scored_tokens: int = 24  # of each window, decoded one by one
     samples: int = 6  # of each task
-    tasks: tuple[Task, ...] = (NeedleInHaystack(), JsonKeyValue(entries="words"))
+    tasks: tuple[Task, ...] = (
+        NeedleInHaystack(fill=False),
+        JsonKeyValue(entries="words", fill=False),
+    )
     reply_tokens: int = 9  # longest reply to a task
     shown_tokens: int = 16  # of the example completions, after the first window
     batch: int = 4  # windows or samples at a time; each takes one row a setting
@@ -90,7 +93,10 @@ class QuickstartConfig:
             windows=2,
             scored_tokens=4,
             samples=2,
-            tasks=(NeedleInHaystack(digits=3), JsonKeyValue(entries="words", digits=3)),
+            tasks=(
+                NeedleInHaystack(digits=3, fill=False),
+                JsonKeyValue(entries="words", digits=3, fill=False),
+            ),
             reply_tokens=3,
             shown_tokens=4,
             batch=2,

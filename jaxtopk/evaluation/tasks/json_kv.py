@@ -1,21 +1,22 @@
-"""Look-up in one large JSON object: the value that belongs to a key, two worked look-ups given first."""
+"""Look-up in one large JSON object: the value that belongs to a key."""
 
 import dataclasses
 import json
-import uuid
 from typing import Literal
 
 import numpy as np
 
-from jaxtopk.evaluation.tasks.base import Sample, Task, draw_keys, draw_numbers
+from jaxtopk.evaluation.tasks.base import GeneratedTask, Plan, Sample
+from jaxtopk.evaluation.tasks.drawing import draw_keys, draw_numbers, draw_uuids, grid_depth
+from jaxtopk.evaluation.tasks.haystack import after_filler
 
 _DEPTHS = 6  # places the asked key takes in turn, evenly from the start to the end
 _EXAMPLES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonKeyValue(Task):
-    """The value of one key of a JSON object is asked for.
+class JsonKeyValue(GeneratedTask):
+    """The value of one key of a JSON object is asked for, two worked look-ups given first.
 
     After the synthetic recall task of HELMET (arXiv:2410.02694) and "Lost in the Middle" (arXiv:2307.03172), in words of
     our own.
@@ -37,32 +38,71 @@ class JsonKeyValue(Task):
 
     @property
     def name(self) -> str:
-        """See `Task.name`."""
+        """See `AnyTask.name`."""
         return "json_kv" if self.entries == "uuid" else "json_kv_words"
 
-    def build(self, rng: np.random.Generator, index: int, num_units: int) -> Sample:
-        """Draws `num_units` pairs and two more; asks for the one at depth `index` of the grid."""
-        count = num_units + _EXAMPLES
+    @property
+    def reply_tokens(self) -> int:
+        """See `Task.reply_tokens`."""
+        return 48 if self.entries == "uuid" else 24
+
+    def build(self, rng: np.random.Generator, index: int, plan: Plan) -> Sample:
+        """Draws two pairs more than the units; asks for the one at depth `index` of the grid."""
+        count = plan.units + _EXAMPLES
         if self.entries == "uuid":
-            keys, values = _draw_uuids(rng, count), _draw_uuids(rng, count)
+            keys, values = draw_uuids(rng, count), draw_uuids(rng, count)
         else:
             keys, values = draw_keys(rng, count), draw_numbers(rng, count, self.digits)
         place = round((count - 1) * (index % _DEPTHS) / (_DEPTHS - 1))
         others = [i for i in range(count) if i != place]
         shown = rng.choice(len(others), size=_EXAMPLES, replace=False)
-        pairs = json.dumps(dict(zip(keys, values, strict=True)), indent=0)
         entry = lambda i: json.dumps({keys[i]: values[i]})[1:-1]
         examples = "\n".join(entry(others[i]) for i in shown)
-        prompt = f"JSON data:\n{pairs}\n\nSome of its entries:\n{examples}"
-        return Sample(
-            prompt=prompt,
-            # Opens as the entry itself does, so that what is tested is finding it, not its layout.
-            reply_start=f'{json.dumps(keys[place])}: "',
-            answers=(values[place],),
-            depth=place / (count - 1),
-            num_units=num_units,
+        prompt = after_filler(
+            plan.filler,
+            f"JSON data:\n{_object(keys, values)}\n\nSome of its entries:\n{examples}",
         )
+        return _asked(keys[place], values[place], prompt, plan)
 
 
-def _draw_uuids(rng: np.random.Generator, count: int) -> list[str]:
-    return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyValueRetrieval(GeneratedTask):
+    """The value of one UUID of a JSON object of UUIDs is asked for, without an example.
+
+    After the retrieval task of InfiniteBench (arXiv:2402.13718), in words of our own; forty depths in turn.
+    """
+
+    @property
+    def name(self) -> str:
+        """See `AnyTask.name`."""
+        return "kv_retrieval"
+
+    @property
+    def reply_tokens(self) -> int:
+        """See `Task.reply_tokens`."""
+        return 48
+
+    def build(self, rng: np.random.Generator, index: int, plan: Plan) -> Sample:
+        """Draws as many pairs as units; asks for the one at its depth of the grid."""
+        keys, values = draw_uuids(rng, plan.units), draw_uuids(rng, plan.units)
+        place = round((plan.units - 1) * grid_depth(index))
+        prompt = after_filler(
+            plan.filler,
+            f"JSON data:\n{_object(keys, values)}\n\nWhich value belongs to the key {keys[place]}?",
+        )
+        return _asked(keys[place], values[place], prompt, plan)
+
+
+def _object(keys: list[str], values: list[str]) -> str:
+    return json.dumps(dict(zip(keys, values, strict=True)), indent=0)
+
+
+def _asked(key: str, value: str, prompt: str, plan: Plan) -> Sample:
+    return Sample(
+        prompt=prompt,
+        # Opens as the entry itself does, so that what is tested is finding it, not its layout.
+        reply_start=f'{json.dumps(key)}: "',
+        answers=(value,),
+        depth=prompt.index(value) / len(prompt),
+        num_units=plan.units,
+    )
