@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jax._src.lib.mlir.dialects import llvm as llvm
+from jax._src.lib.mlir.dialects import nvvm as nvvm
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 

@@ -380,9 +380,9 @@ def test_bad_input_is_named(change, message, monkeypatch):
         gather_attention(**arguments)
 
 
-def test_a_mosaic_backend_does_not_exist_yet_and_says_so():
-    with pytest.raises(NotImplementedError, match="implementation 'mosaic_gpu' does not exist"):
-        gather_attention(*draw(), implementation="mosaic_gpu")
+def test_the_tpu_backend_does_not_exist_yet_and_says_so():
+    with pytest.raises(NotImplementedError, match="implementation 'mosaic_tpu' does not exist"):
+        gather_attention(*draw(), implementation="mosaic_tpu")
 
 
 @pytest.mark.parametrize(

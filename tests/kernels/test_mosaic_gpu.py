@@ -56,16 +56,22 @@ def assert_same_selection(got, wanted):
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+# What makes a small row take the way of a long one.
+SAMPLED = {"_SMALL_ROW": 0, "_DEFAULT_BUDGET": 64}
+SPLIT = SAMPLED | {"_SPLIT_KEYS": 600}
+
+
 @pytest.mark.parametrize(
-    ("s", "dtype", "resident", "block_s"),
+    ("s", "dtype", "block_s", "sizes"),
     [
-        pytest.param(1030, jnp.float32, True, 512, id="resident-ragged"),
-        pytest.param(1030, jnp.bfloat16, False, 512, id="streamed-ragged"),
+        pytest.param(1030, jnp.bfloat16, 512, {}, id="listed-whole"),
+        pytest.param(2307, jnp.float32, None, SAMPLED, id="sampled"),
+        pytest.param(2308, jnp.float32, 512, SPLIT, id="split"),
     ],
 )
-def test_select_equals_the_reference_bit_for_bit(s, dtype, resident, block_s, monkeypatch):
-    if not resident:
-        monkeypatch.setattr(select_gpu, "_RESIDENT_KEYS", 0)
+def test_select_equals_the_reference_bit_for_bit(s, dtype, block_s, sizes, monkeypatch):
+    for name, value in sizes.items():
+        monkeypatch.setattr(select_gpu, name, value)
     rows = hard_rows(s, dtype)
     count = rows.shape[0]
     # Every row at its own length, whole rows included, and with its own budget, one and more than all included.
@@ -77,13 +83,42 @@ def test_select_equals_the_reference_bit_for_bit(s, dtype, resident, block_s, mo
         ]
     )
     topk = jnp.asarray(np.resize([7, 1, s, 64, s + 9, 20, 3], 2 * count), jnp.int32)
-    sizes = TopKSelectBlockSizes(block_s=block_s)
-    arguments = {"lengths": lengths, "with_indices": False, "block_sizes": sizes}
+    arguments = {
+        "lengths": lengths,
+        "with_indices": False,
+        "block_sizes": TopKSelectBlockSizes(block_s=block_s),
+    }
     with pallas_kernels.interpret_mode():
         got = pallas_kernels.topk_select(scores, topk, implementation="mosaic_gpu", **arguments)
         jax.block_until_ready(got)
     wanted = pallas_kernels.topk_select(scores, topk, implementation="reference", **arguments)
     assert_same_selection(got, wanted)
+
+
+def test_select_lists_indices_of_sampled_rows_and_of_those_that_a_sample_misleads(monkeypatch):
+    for name, value in SAMPLED.items():
+        monkeypatch.setattr(select_gpu, name, value)
+    scores = hard_rows(2307, jnp.float32)
+    with pallas_kernels.interpret_mode():
+        got = pallas_kernels.topk_select(scores, 130, implementation="mosaic_gpu")
+        jax.block_until_ready(got)
+    wanted = pallas_kernels.topk_select(scores, 130, implementation="reference")
+    assert_same_selection(got, wanted)
+
+
+def test_the_plan_lists_what_it_can_and_splits_only_few_long_rows():
+    plan = lambda rows, s, topk: select_gpu._plan(rows, s, topk, None, False)
+    assert plan(8, 2000, 64).capacity >= 2000
+    assert plan(1024, 131072, 2048).splits == 1
+    assert plan(32, 131072, 2048).splits > 4
+    for rows, s, topk in (
+        (1024, 131072, 2048),
+        (64, 1 << 20, 2048),
+        (4096, 8192, 512),
+        (1, 1 << 20, 4096),
+    ):
+        found = plan(rows, s, topk)
+        assert topk * 1.1 < found.capacity < min(4 * topk + 8192, s)
 
 
 def test_select_lists_indices_of_short_rows_with_any_leading_axes():
@@ -213,8 +248,27 @@ def small_decode():
         )
 
 
+def small_gather():
+    rng = np.random.default_rng(5)
+    query, cache = (
+        whole_numbers((1, 1, 2, 8), 1, jnp.float32),
+        whole_numbers((1, 40, 1, 8), 2, jnp.float32),
+    )
+    indices = jnp.asarray(rng.integers(-1, 40, size=(1, 1, 1, 300)), jnp.int32)
+    return pallas_kernels.gather_attention(
+        query, cache, cache, indices, implementation="mosaic_gpu"
+    )
+
+
+def small_indexer():
+    query, key = (whole_numbers(shape, 3, jnp.bfloat16) for shape in ((1, 2, 3, 8), (1, 600, 8)))
+    weights = whole_numbers((1, 2, 3), 4, jnp.float32)
+    return pallas_kernels.indexer_scores(query, key, weights, implementation="mosaic_gpu")
+
+
 def test_kernels_have_no_race():
     with pallas_kernels.interpret_mode(detect_races=True):
+        jax.block_until_ready((small_gather(), small_indexer()))
         jax.block_until_ready(
             pallas_kernels.topk_select(
                 hard_rows(150, jnp.float32)[:2], 7, implementation="mosaic_gpu"
@@ -247,11 +301,35 @@ def decode_at(b, s, n, k, h, topk, dtype):
     return fn, SPEC((b, n, h), dtype), cache, cache, SPEC((b,), jnp.int32)
 
 
+def gather_at(b, t, s, n, k, h, scopes, slots, dtype):
+    fn = lambda query, key, value, indices: pallas_kernels.gather_attention(
+        query, key, value, indices, implementation="mosaic_gpu"
+    )
+    cache = SPEC((b, s, k, h), dtype)
+    return fn, SPEC((b, t, n, h), dtype), cache, cache, SPEC((b, t, scopes, slots), jnp.int32)
+
+
+def indexer_at(b, t, s, i, d, topk, dtype):
+    fn = lambda query, key, weights: pallas_kernels.indexer_select(
+        query, key, weights, topk=topk, implementation="mosaic_gpu"
+    )
+    return (
+        fn,
+        SPEC((b, t, i, d), dtype),
+        SPEC((b, s, d), dtype),
+        SPEC((b, t, i), jnp.float32),
+    )
+
+
 # Each decode holds a selection of its own number of keys: one too long for shared memory, one that fits.
 LOWERED = {
     "select-odd-f16": select_at(8, 1999, 64, jnp.float16),
     "decode-32-of-8x128-bf16": decode_at(8, 131072, 32, 8, 128, 2048, jnp.bfloat16),
     "decode-9-of-3x64-f32": decode_at(1, 8192, 9, 3, 64, 410, jnp.float32),
+    "decode-1001-keys-bf16": decode_at(2, 1001, 8, 2, 128, 64, jnp.bfloat16),
+    "gather-32-of-8x128-bf16": gather_at(8, 1, 131072, 32, 8, 128, 8, 2048, jnp.bfloat16),
+    "indexer-decode-64x128": indexer_at(8, 1, 131072, 64, 128, 2048, jnp.bfloat16),
+    "indexer-77-keys-5x32-f16": indexer_at(2, 9, 77, 5, 32, 20, jnp.float16),
 }
 COMPILED = LOWERED | {
     "select-32x131072": select_at(32, 131072, 2048, jnp.float32),
@@ -259,6 +337,9 @@ COMPILED = LOWERED | {
     "select-64x1048576": select_at(64, 1 << 20, 2048, jnp.float32),
     "decode-9-of-3x64-bf16": decode_at(1, 8192, 9, 3, 64, 410, jnp.bfloat16),
     "decode-16-of-1x256-f32": decode_at(2, 1000, 16, 1, 256, 100, jnp.float32),
+    "gather-16-of-1x256-bf16": gather_at(1, 8, 1024, 16, 1, 256, 1, 100, jnp.bfloat16),
+    "gather-9-of-3x64-f32": gather_at(1, 8, 1024, 9, 3, 64, 9, 100, jnp.float32),
+    "indexer-prefill-64x128": indexer_at(1, 32768, 32768, 64, 128, 2048, jnp.bfloat16),
 }
 
 
@@ -287,7 +368,7 @@ def test_kernels_compile_for_a_hopper_gpu_without_spills(case, monkeypatch, capf
         pytest.param((1, 64, 1, 12), jnp.float32, None, "query of head size 12", id="odd-head"),
         pytest.param((1, 64, 1, 264), jnp.float32, None, "query of head size 264", id="large-head"),
         pytest.param((1, 0, 1, 8), jnp.float32, None, r"key of shape \(1, 0, 1, 8\)", id="no-key"),
-        pytest.param((1, 64, 1, 8), jnp.float32, 32, "block_kv 32, wanted 64", id="block"),
+        pytest.param((1, 64, 1, 8), jnp.float32, 32, "block_kv 32, wanted None", id="block"),
     ],
 )
 def test_decode_refuses_what_it_cannot_do(shape, dtype, block_kv, message):

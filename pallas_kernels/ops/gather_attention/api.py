@@ -6,11 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.core import checks, dispatch
-from pallas_kernels.ops.gather_attention import reference, xla
+from pallas_kernels.ops.gather_attention import mosaic_gpu, reference, xla
 from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
 
 _OP = "gather_attention"
-_TABLE = {"reference": reference.gather_attention, "xla": xla.gather_attention}
+_TABLE = {
+    "reference": reference.gather_attention,
+    "xla": xla.gather_attention,
+    "mosaic_gpu": mosaic_gpu.gather_attention,
+}
 
 
 class GatherAttentionResiduals(NamedTuple):
@@ -54,13 +58,14 @@ def gather_attention(
       indices: one list for each of G scopes: all heads (G = 1), the heads of a key/value head (K), or each head (N).
       lengths: valid keys of each sequence; None means all S.
       scale: None means H ** -0.5.
-      implementation: "reference", "xla", or names in order of preference.
+      implementation: "reference", "xla", "mosaic_gpu" (its backward is that of "xla"), or names in order of preference.
       block_sizes: None takes the heuristic ones.
       return_residuals: also return `GatherAttentionResiduals`.
 
     Raises:
       ValueError: a shape or dtype is wrong; names the argument, the got and the wanted.
-      NotImplementedError: the implementation does not exist for this op, or is not of this device.
+      NotImplementedError: the implementation does not exist for this op, cannot take this shape or dtype, or is not of this
+        device.
     """
     query, key, value, indices = (
         jnp.asarray(query),

@@ -11,7 +11,7 @@ BACKWARDS = ("lists", "counts")
 class GatherAttentionBlockSizes:
     """Sizes; None leaves a choice to the heuristic.
 
-    block_q: query rows whose listed keys and values are held at a time.
+    block_q: query rows whose listed keys and values "xla" holds at a time; a block of the GPU kernel holds one.
     block_q_backward: the same in the backward; with "counts", rows whose weights over all keys are held at a time.
     backward: "lists" (time T x k, a scatter-add) or "counts" (time T x S, matrix products), see `xla_vjp`.
     """

@@ -23,7 +23,7 @@ _OP = "gather_attention: xla"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rule:
+class Rule:
     """What is static about a call."""
 
     layout: lists.Layout
@@ -33,8 +33,8 @@ class _Rule:
     scale: float
 
 
-def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
-    """Arguments as the public function, checked, masked slots -1; returns (out, lse)."""
+def rule_of(query, key, value, indices, scale, block_sizes):
+    """Returns what is static about a call."""
     b, t, n, h = query.shape
     _, s, k, v = value.shape
     g, size = indices.shape[2:]
@@ -49,19 +49,24 @@ def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
     of_backward = (
         chunk_rows(t, 2 * fetched) if backward == "lists" else chunk_rows(t, 4 * b * n * s, least=8)
     )
-    rule = _Rule(
+    return Rule(
         layout=lists.Layout.of(n, k, g),
         chunk=min(t, sizes.block_q or chunk_rows(t, fetched)),
         chunk_backward=min(t, sizes.block_q_backward or of_backward),
         backward=backward,
         scale=scale,
     )
-    indices = jnp.where(indices < 0, s, indices)
+
+
+def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
+    """Arguments as the public function, checked, masked slots -1; returns (out, lse)."""
+    rule = rule_of(query, key, value, indices, scale, block_sizes)
+    indices = jnp.where(indices < 0, key.shape[1], indices)
     return _attend(rule, *varying.align(query, key, value, indices))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule: _Rule, query, key, value, indices):
+def _attend(rule: Rule, query, key, value, indices):
     """Returns out [B, T, N, V] and lse [B, N, T]."""
     b, t, n, _ = query.shape
     s = key.shape[1]
@@ -91,7 +96,8 @@ def _attend_fwd(rule, query, key, value, indices):
     return _attend(rule, query, key, value, indices), (query, key, value, indices)
 
 
-def _attend_bwd(rule, residuals, cotangents):
+def attend_bwd(rule: Rule, residuals, cotangents):
+    """Returns the cotangents of query, key and value, and None; residuals are those and the indices, S where masked."""
     d_out, d_lse = cotangents
     arguments = (*residuals, d_out, jnp.swapaxes(d_lse, 1, 2))
     options = dict(chunk=rule.chunk_backward, scale=rule.scale)
@@ -100,4 +106,4 @@ def _attend_bwd(rule, residuals, cotangents):
     return (*xla_vjp.by_counts(*arguments, **options), None)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, attend_bwd)

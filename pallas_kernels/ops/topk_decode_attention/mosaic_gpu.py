@@ -1,18 +1,19 @@
-"""Exact Top-k decoding: score all keys, find each row's threshold, attend to the keys above it (Mosaic GPU, Hopper).
+"""Exact Top-k decoding: score all keys, select from each row of scores, attend to the list (Mosaic GPU, Hopper).
 
-1. `_score_kernel`: q.k of every visible key, in float32 multiply-adds whatever the input dtype, written as [B, N, S]. Key
-   tiles come by TMA into a ring of up to `_STAGES` buffers; splits outside the visible keys read nothing.
-2. `topk_select` turns each row of scores into (threshold, tie_cut). A shared scope pools the scores first, in XLA.
-3. `_attend_kernel`: a split looks at its scores 128 keys at a time, and fetches the value rows of the selected keys only,
-   each by a copy of its own; all rows of a tile are in flight together. A row that one head of the group selects and another
-   does not reaches only the first one's sum.
+1. Scores: q.k of every visible key, written as float32 [B, N, S]. In half precision the tensor cores take tiles of keys against
+   all heads of a group (`_score_tiles_kernel`), else float32 multiply-adds do (`_score_rows_kernel`). Key tiles come by TMA into
+   a ring of buffers; splits outside the visible keys read nothing.
+2. `topk_select` turns each row of scores into a list of places, with their scores. A shared scope pools the scores first, and
+   fetches each head's own scores at the shared places after, both in XLA.
+3. `_attend_kernel`: a block takes parts of one head's list, reads their value rows straight into registers, all rows of a part in
+   flight together, and adds them up with their weights.
 4. The splits' (max, sum, accumulator) are merged by log-sum-exp, in XLA.
 
 Every later step reads the scores that step 1 wrote, so the set and the softmax cannot disagree. Additions are in an order that
-depends on shapes and lengths alone: two runs give the same bits.
+depends on shapes alone: two runs give the same bits.
 
-Grid of both kernels (batch, key/value head, split), one warpgroup a block. Head sizes are multiples of 8 up to 256. A cache
-shorter than one tile is padded, a longer one is read in place: its last tile starts early and scores some keys twice.
+One warpgroup a block. Head sizes are multiples of 8 up to 256. A cache shorter than one tile is padded, a longer one is read in
+place: its last tile starts early and scores some keys twice.
 """
 
 import functools
@@ -23,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core import compat, masks, online_softmax, selection
+from pallas_kernels.core import compat, gpu_lanes, masks, online_softmax, selection
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
@@ -31,19 +32,87 @@ from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlock
 from pallas_kernels.ops.topk_select import mosaic_gpu as topk_select
 
 _OP = "topk_decode_attention: mosaic_gpu"
-_TILE = 64  # keys a step of the score kernel: the rows of one register tile
+_TILE = 128  # keys of a step of the tensor-core score kernel
+_ROW_TILE = 64  # and of the other one: the rows of one register tile
 _STAGES, _STAGE_BYTES = (
     4,
     96 * 1024,
 )  # key tiles in flight: so many, or fewer if they would take more bytes
-_LANES = 128  # lanes of a warpgroup: keys a step of the attend kernel, one a lane
-_WORD = 32  # selected keys are listed as bits of int32 words
+_LANES = 128  # lanes of a warpgroup
+_PART = 128  # listed keys that the attend kernel takes at a time
+_SPLIT_KEYS = 4096  # scored by one block
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
 _MAX_HEAD_SIZE = 256
 _QUERY_REGISTERS = 96  # registers a lane may spend on keeping the group's queries
+_SWIZZLE = 128  # bytes
 
 
-def _score_kernel(
+def _visible_tiles(start_ref, end_ref, b, split, splits: int, num_keys: int, tile: int):
+    """Returns the tiles [first, last) of a split, and where a tile begins.
+
+    Whole tiles are shared out; what is left over goes to the block of the last whole tile, as it overlaps with that.
+    """
+    share = pl.cdiv(num_keys // tile, splits)
+    stop = jnp.where(split == splits - 1, pl.cdiv(num_keys, tile), (split + 1) * share)
+    first = jnp.maximum(split * share, lax.div(start_ref[b], tile))
+    last = jnp.minimum(stop, lax.div(end_ref[b] + (tile - 1), tile))
+    return first, last, lambda index: jnp.minimum(index * tile, num_keys - tile)
+
+
+def _score_tiles_kernel(
+    # inputs, global memory
+    query_ref,  # [B, K, heads, H], the group's queries and zeros
+    key_ref,  # [B, S, K, H]
+    start_ref,  # [B] i32, first visible key
+    end_ref,  # [B] i32, one past the last
+    # outputs, global memory
+    scores_ref,  # [B, K, group, >= S] f32; keys outside of the visible tiles are not written
+    # scratch, shared memory
+    queries_ref,  # [heads, H], swizzled
+    tiles_ref,  # [stages, tile, H], swizzled
+    loaded,  # barrier
+    filled,  # barriers, one a stage
+    *,
+    scale: float,
+    splits: int,
+    interpreted: bool,
+):
+    stages, (_, num_keys, _, _) = tiles_ref.shape[0], key_ref.shape
+    b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
+    first, last, offset_of = _visible_tiles(start_ref, end_ref, b, split, splits, num_keys, _TILE)
+
+    def fetch(tile):
+        slot = lax.rem(tile - first, stages)
+        plgpu.copy_gmem_to_smem(
+            key_ref.at[b, pl.ds(offset_of(tile), _TILE), kv], tiles_ref.at[slot], filled.at[slot]
+        )
+
+    for stage in range(stages):
+        pl.when(first + stage < last)(functools.partial(fetch, first + stage))
+    plgpu.copy_gmem_to_smem(query_ref.at[b, kv], queries_ref, loaded)
+    plgpu.barrier_wait(loaded)
+
+    @pl.loop(first, last)
+    def _(tile):
+        slot = lax.rem(tile - first, stages)
+        plgpu.barrier_wait(filled.at[slot])
+
+        def multiply(acc_ref):
+            plgpu.wgmma(acc_ref, tiles_ref.at[slot], queries_ref.T)
+            return acc_ref[...]
+
+        products = pl.run_scoped(multiply, plgpu.ACC((_TILE, queries_ref.shape[0]), jnp.float32))
+        pl.when(tile + stages < last)(functools.partial(fetch, tile + stages))
+        gpu_lanes.store_columns(
+            products * scale,
+            scores_ref.at[b, kv],
+            offset_of(tile),
+            scores_ref.shape[2],
+            interpreted=interpreted,
+        )
+
+
+def _score_rows_kernel(
     # inputs, global memory
     query_ref,  # [B, N, H]
     key_ref,  # [B, S, K, H]
@@ -62,20 +131,16 @@ def _score_kernel(
     stages = tiles_ref.shape[0]
     _, num_keys, _, h = key_ref.shape
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
-    # Whole tiles are shared out; what is left over goes to the block of the last whole tile, as it overlaps with that.
-    whole, tiles = num_keys // _TILE, pl.cdiv(num_keys, _TILE)
-    share = pl.cdiv(whole, splits)
-    stop = jnp.where(split == splits - 1, tiles, (split + 1) * share)
-    first = jnp.maximum(split * share, lax.div(start_ref[b], _TILE))
-    last = jnp.minimum(stop, lax.div(end_ref[b] + (_TILE - 1), _TILE))
-
-    def offset_of(tile):
-        return jnp.minimum(tile * _TILE, num_keys - _TILE)
+    first, last, offset_of = _visible_tiles(
+        start_ref, end_ref, b, split, splits, num_keys, _ROW_TILE
+    )
 
     def fetch(tile):
         slot = lax.rem(tile - first, stages)
         plgpu.copy_gmem_to_smem(
-            key_ref.at[b, pl.ds(offset_of(tile), _TILE), kv], tiles_ref.at[slot], filled.at[slot]
+            key_ref.at[b, pl.ds(offset_of(tile), _ROW_TILE), kv],
+            tiles_ref.at[slot],
+            filled.at[slot],
         )
 
     def read_query(g):
@@ -102,7 +167,7 @@ def _score_kernel(
 
         def score(g, query):
             products = keys * lax.broadcast_in_dim(query, keys.shape, (1,))
-            scores_ref[b, kv * group + g, pl.ds(offset_of(tile), _TILE)] = (
+            scores_ref[b, kv * group + g, pl.ds(offset_of(tile), _ROW_TILE)] = (
                 jnp.sum(products, axis=1) * scale
             )
 
@@ -115,122 +180,78 @@ def _score_kernel(
 
 def _attend_kernel(
     # inputs, global memory
-    scores_ref,  # [B, N, >= S] f32
-    ranked_ref,  # [B, sets, >= S] f32, what was selected on
+    places_ref,  # [B, N or sets, >= topk] i32, selected keys; the tail is garbage
+    scores_ref,  # [B, N, >= topk] f32, their scores; the tail is garbage
+    count_ref,  # [B, N] i32
     value_ref,  # [B, S, K, V]
-    bound_ref,  # [B, sets] i32, order key of the threshold
-    cut_ref,  # [B, sets] i32
-    start_ref,  # [B] i32, first visible key
-    end_ref,  # [B] i32, one past the last
     # outputs, global memory
-    acc_ref,  # [splits, B, N, >= V] f32, sum of exp(s - m) * value
-    m_ref,  # [splits, B, N] f32, max of the selected scores
+    acc_ref,  # [splits, B, N, V] f32, sum of exp(s - m) * value
+    m_ref,  # [splits, B, N] f32, max of the scores
     total_ref,  # [splits, B, N] f32, sum of exp(s - m)
     # scratch, shared memory
-    rows_ref,  # [128, >= V], the value rows of a tile's selected keys
-    weights_ref,  # [group, 128] f32
-    *filled,  # four times 32 barriers, one a row
+    part_places_ref,  # [part] i32
+    weights_ref,  # [1, part] f32
+    sums_ref,  # [rows together * row] f32
+    *,
     group: int,
     splits: int,
+    interpreted: bool,
 ):
-    num_heads, num_sets = scores_ref.shape[1], ranked_ref.shape[1]
-    v_size, width = value_ref.shape[3], rows_ref.shape[1]
-    b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
-    share = pl.cdiv(pl.cdiv(value_ref.shape[1], _LANES), splits)
-    start, end = start_ref[b], end_ref[b]
-    first = jnp.maximum(split * share, lax.div(start, _LANES))
-    last = jnp.minimum((split + 1) * share, lax.div(end + (_LANES - 1), _LANES))
-    heads = [kv * group + g for g in range(group)]
-    sets = [lax.div(head, num_heads // num_sets) for head in heads]
-    bounds = [bound_ref[b, s] for s in sets]
-    cuts = [cut_ref[b, s] for s in sets]
+    num_heads, num_sets = scores_ref.shape[1], places_ref.shape[1]
+    v_size, dtype = value_ref.shape[3], value_ref.dtype
+    b, head, split = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("split")
+    of_set = lax.div(head, num_heads // num_sets)
+    count = count_ref[b, head]
+    parts = lax.div(count + (_PART - 1), _PART)
+    one_each = plgpu.Layout.WG_STRIDED((_PART,), vec_size=1)
+    lane = plgpu.broadcasted_iota(jnp.int32, (_PART,), 0, layout=one_each)
 
-    one_each = plgpu.Layout.WG_STRIDED((_LANES,), vec_size=1)
-    columns = plgpu.Layout.WG_STRIDED((width,), vec_size=1)
-    lane = plgpu.broadcasted_iota(jnp.int32, (_LANES,), 0, layout=one_each)
+    def scores_of(part):
+        scores = plgpu.load(
+            scores_ref.at[b, head, pl.ds(part * _PART, _PART)], layout=one_each, optimized=False
+        )
+        return jnp.where(part * _PART + lane < count, scores, -jnp.inf)
 
-    def look(tile, g):
-        """The scores of one head in a tile, and which of its keys are selected."""
-        part = pl.ds(tile * _LANES, _LANES)
-        scores = plgpu.load(scores_ref.at[b, heads[g], part], layout=one_each, optimized=False)
-        ranked = scores
-        if num_sets != num_heads:
-            ranked = plgpu.load(ranked_ref.at[b, sets[g], part], layout=one_each, optimized=False)
-        key, position = selection.order_key(ranked), tile * _LANES + lane
-        kept = (key > bounds[g]) | ((key == bounds[g]) & (position <= cuts[g]))
-        return scores, kept & (key != selection.NAN) & (position >= start) & (position < end)
+    def largest(index, m):
+        return jnp.maximum(m, scores_of(split + index * splits))
 
-    def full(shape, value, layout):
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    full = lambda value, shape, layout: plgpu.layout_cast(
+        jnp.full(shape, value, jnp.float32), layout
+    )
+    # This block takes every `splits`-th part of the list.
+    steps = lax.div(jnp.maximum(parts - split, 0) + (splits - 1), splits)
+    m = jnp.max(lax.fori_loop(0, steps, largest, full(-jnp.inf, (_PART,), one_each)))
+    shift = jnp.where(m == -jnp.inf, 0.0, m)
 
-    def largest(tile, maxima):
-        looks = [look(tile, g) for g in range(group)]
-        return [
-            jnp.maximum(m, jnp.where(kept, scores, -jnp.inf))
-            for m, (scores, kept) in zip(maxima, looks, strict=True)
-        ]
+    vector = gpu_lanes.row_vector(dtype)
+    strip = plgpu.Layout.WG_STRIDED((_LANES * vector,), vec_size=vector)
+    table = value_ref.at[b, :, lax.div(head, group)]
 
-    nothing = [full((_LANES,), -jnp.inf, one_each)] * group
-    maxima = [jnp.max(m) for m in lax.fori_loop(first, last, largest, nothing)]
-    shifts = [jnp.where(m == -jnp.inf, 0.0, m) for m in maxima]
+    def attend(index, carry):
+        acc, total = carry
+        part = split + index * splits
+        weights = jnp.exp(scores_of(part) - shift)
+        place = plgpu.load(
+            places_ref.at[b, of_set, pl.ds(part * _PART, _PART)], layout=one_each, optimized=False
+        )
+        # Past the list's end any key will do: its weight is 0.
+        part_places_ref[...] = jnp.where(part * _PART + lane < count, place, 0)
+        weights_ref[0] = weights
+        [acc] = gpu_lanes.add_rows(
+            [acc], table, part_places_ref, weights_ref, _PART, interpreted=interpreted
+        )
+        return acc, total + weights
 
-    def pop(word):
-        """The index of the lowest bit, and the word without it."""
-        lowest = word & -word
-        return (_WORD - 1) - lax.clz(lowest), word ^ lowest
-
-    def attend(tile, carry):
-        accs, totals = carry
-        wanted = lane < 0  # keys that some head keeps: none yet
-        for g in range(group):
-            scores, kept = look(tile, g)
-            weights = jnp.where(kept, jnp.exp(jnp.where(kept, scores, -jnp.inf) - shifts[g]), 0.0)
-            weights_ref[g] = weights
-            totals[g] += weights
-            wanted |= kept
-        bit = jnp.where(wanted, jnp.int32(1) << (lane & (_WORD - 1)), 0)
-        words = [jnp.sum(jnp.where(lane >> 5 == w, bit, 0)) for w in range(_LANES // _WORD)]
-
-        for w, word in enumerate(words):
-
-            def fetch(word, w=w):
-                index, word = pop(word)
-                row = w * _WORD + index
-                plgpu.copy_gmem_to_smem(
-                    value_ref.at[b, tile * _LANES + row, kv],
-                    rows_ref.at[row, pl.ds(0, v_size)],
-                    filled[w].at[index],
-                )
-                return word
-
-            lax.while_loop(lambda word: word != 0, fetch, word)
-
-        for w, word in enumerate(words):
-
-            def add(carry, w=w):
-                word, accs = carry
-                index, word = pop(word)
-                row = w * _WORD + index
-                plgpu.barrier_wait(filled[w].at[index])
-                # Lanes past the value size hold what was there before; nothing reads their sums.
-                value = plgpu.load(rows_ref.at[row], layout=columns).astype(jnp.float32)
-                for g in range(group):
-                    weight = lax.broadcast(weights_ref[g, row], (width,))
-                    # A head that does not keep this key must not see its value: 0 * NaN is NaN.
-                    accs[g] = jnp.where(weight > 0, accs[g] + weight * value, accs[g])
-                return word, accs
-
-            _, accs = lax.while_loop(lambda carry: carry[0] != 0, add, (word, accs))
-        plgpu.commit_smem()  # the reads of this tile's rows come before the copies of the next
-        return accs, totals
-
-    accs = [full((width,), 0.0, columns)] * group
-    totals = [full((_LANES,), 0.0, one_each)] * group
-    accs, totals = lax.fori_loop(first, last, attend, (accs, totals))
-    for g in range(group):
-        acc_ref[split, b, heads[g]] = accs[g]
-        m_ref[split, b, heads[g]] = maxima[g]
-        total_ref[split, b, heads[g]] = jnp.sum(totals[g])
+    acc, total = lax.fori_loop(
+        0,
+        steps,
+        attend,
+        (full(0.0, (_LANES * vector,), strip), full(0.0, (_PART,), one_each)),
+    )
+    out = gpu_lanes.fold_rows(acc, sums_ref, v_size, dtype)
+    acc_ref[split, b, head] = out
+    m_ref[split, b, head] = m
+    total_ref[split, b, head] = jnp.sum(total)
 
 
 def _splits(blocks: int, tiles: int, wanted: int | None) -> int:
@@ -254,19 +275,11 @@ def _check(query, key, value, block_sizes):
             raise NotImplementedError(
                 f"{_OP} got {name} of head size {size}, wanted a multiple of 8 up to {_MAX_HEAD_SIZE}"
             )
-    if block_sizes is not None and block_sizes.block_kv not in (None, _TILE):
+    gpu_lanes.check_table(_OP, "value", value)
+    if block_sizes is not None and block_sizes.block_kv is not None:
         raise NotImplementedError(
-            f"{_OP} got block_kv {block_sizes.block_kv}, wanted {_TILE}: the rows of a register tile"
+            f"{_OP} got block_kv {block_sizes.block_kv}, wanted None: tiles are fixed by the tensor cores"
         )
-
-
-def _merge(acc, m, total):
-    """Adds up the splits (axis 0), each scaled by exp of its own max; returns (out, lse)."""
-    largest = jnp.max(m, axis=0)
-    factor = jnp.where(m == -jnp.inf, 0, jnp.exp(m - online_softmax.finite_max(largest)[None]))
-    acc = jnp.sum(factor[..., None] * acc, axis=0)
-    total = jnp.sum(factor * total, axis=0)
-    return online_softmax.divide(acc, total), online_softmax.log_sum_exp(largest, total)
 
 
 def topk_decode_attention(
@@ -289,70 +302,123 @@ def topk_decode_attention(
     _, num_keys, k, v_size = value.shape
     end = jnp.full((b,), num_keys, jnp.int32) if lengths is None else jnp.clip(lengths, 0, num_keys)
     start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
-    if num_keys < _TILE:
-        key, value = (
-            jnp.pad(x, ((0, 0), (0, _TILE - num_keys), (0, 0), (0, 0))) for x in (key, value)
-        )
-        num_keys = _TILE
-    padded = pl.cdiv(num_keys, _LANES) * _LANES
-    interpret = compat.gpu_interpret(interpret_options())
     wanted = None if block_sizes is None else block_sizes.num_splits
-    group = n // k
-    grid_names = ("batch", "kv_head", "split")
-
-    splits = _splits(b * k, num_keys // _TILE, wanted)
-    stages = max(2, min(_STAGES, _STAGE_BYTES // (_TILE * h * key.dtype.itemsize)))
-    scores = plgpu.kernel(
-        functools.partial(_score_kernel, group=group, scale=scale, splits=splits),
-        out_type=jax.ShapeDtypeStruct((b, n, padded), jnp.float32),
-        scratch_types=[
-            plgpu.SMEM((stages, _TILE, h), key.dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-        ],
-        grid=(b, k, splits),
-        grid_names=grid_names,
-        kernel_name=f"topk_decode_scores_h{h}_g{group}",
-        interpret=interpret,
-    )(query, key, start, end)
+    scores = _scores(query, key, start, end, scale, wanted)
+    padded = scores.shape[2]
 
     num_sets = pooling_.num_sets(scope, n, k)
     per_set = n // num_sets
     visible = masks.visible_to_decode(padded, end, window, b)[:, None, :]
     ranked = pooling_.pool(scores, visible, num_sets, pooling)
     budget = selection.rows_of(topk, (b, n))[:, ::per_set]
-    chosen = topk_select.select(
+    # Without a static budget the list has room for every key.
+    size = min(topk, num_keys) if isinstance(topk, int) else num_keys
+    shared = num_sets != n
+    count, threshold, cut, places, *listed_scores = topk_select.select(
         ranked.reshape(b * num_sets, padded),
         jnp.repeat(start, num_sets),
         jnp.repeat(end, num_sets),
         budget.reshape(-1),
+        topk=size,
+        listed=("indices",) if shared else ("indices", "scores"),
     )
-    count, threshold, cut = (x.reshape(b, num_sets) for x in chosen)
+    count, threshold, cut = (x.reshape(b, num_sets) for x in (count, threshold, cut))
+    places = places.reshape(b, num_sets, size)
+    if shared:
+        each = jnp.repeat(jnp.maximum(places, 0), per_set, axis=1)
+        at_places = jnp.take_along_axis(scores, each, axis=2, mode="promise_in_bounds")
+    else:
+        at_places = listed_scores[0].reshape(b, n, size)
+    counts = jnp.repeat(count, per_set, axis=1)
+    out, lse = _attend(at_places, places, counts, value, wanted)
 
-    splits = _splits(b * k, padded // _LANES, wanted)
-    width = pl.cdiv(v_size, _LANES) * _LANES
+    indices = None
+    if with_indices:
+        indices = jnp.pad(places, ((0, 0), (0, 0), (0, topk - size)), constant_values=-1)
+    selected = TopKSelection(indices, count, threshold, cut)
+    return out.astype(query.dtype), lse, selection.repeat_for_heads(selected, per_set)
+
+
+def _scores(query, key, start, end, scale, wanted):
+    """Returns scale * q.k as float32 [B, N, >= S], where a key is visible; anything elsewhere."""
+    (b, n, h), (_, num_keys, k, _) = query.shape, key.shape
+    group = n // k
+    options = interpret_options()
+    interpret = compat.gpu_interpret(options)
+    # Swizzled tiles begin at multiples of 8 keys, and so has the last one, which ends with the cache.
+    tensor_cores = key.dtype.itemsize == 2 and h % (_SWIZZLE // 2) == 0
+    tensor_cores &= num_keys % 8 == 0 or num_keys < _TILE
+    tile = _TILE if tensor_cores else _ROW_TILE
+    if num_keys < tile:
+        key = jnp.pad(key, ((0, 0), (0, tile - num_keys), (0, 0), (0, 0)))
+        num_keys = tile
+    padded = pl.cdiv(num_keys, _LANES) * _LANES
+    # Sequences may differ in length: parts of at most `_SPLIT_KEYS` spread a long one over the device.
+    wanted = wanted or max(pl.cdiv(_BLOCKS, b * k), num_keys // _SPLIT_KEYS)
+    splits = _splits(b * k, num_keys // tile, wanted)
+    stages = max(2, min(_STAGES, _STAGE_BYTES // (tile * h * key.dtype.itemsize)))
+    grid = {"grid": (b, k, splits), "grid_names": ("batch", "kv_head", "split")}
+    if not tensor_cores:
+        return plgpu.kernel(
+            functools.partial(_score_rows_kernel, group=group, scale=scale, splits=splits),
+            out_type=jax.ShapeDtypeStruct((b, n, padded), jnp.float32),
+            scratch_types=[
+                plgpu.SMEM((stages, tile, h), key.dtype),
+                plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            ],
+            kernel_name=f"topk_decode_scores_rows_h{h}_g{group}",
+            interpret=interpret,
+            **grid,
+        )(query, key, start, end)
+    heads = pl.cdiv(group, 8) * 8
+    queries = jnp.pad(query.reshape(b, k, group, h), ((0, 0), (0, 0), (0, heads - group), (0, 0)))
+    swizzled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
+    return plgpu.kernel(
+        functools.partial(
+            _score_tiles_kernel, scale=scale, splits=splits, interpreted=options is not None
+        ),
+        out_type=jax.ShapeDtypeStruct((b, k, group, padded), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((heads, h), key.dtype, transforms=swizzled),
+            plgpu.SMEM((stages, tile, h), key.dtype, transforms=swizzled),
+            plgpu.Barrier(num_arrivals=1),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+        ],
+        kernel_name=f"topk_decode_scores_h{h}_g{group}",
+        interpret=interpret,
+        **grid,
+    )(queries, key, start, end).reshape(b, n, padded)
+
+
+def _attend(scores, places, counts, value, wanted):
+    """Attends to lists: scores float32 [B, N, size], places int32 [B, sets, size], counts int32 [B, N]; returns (out, lse)."""
+    (b, n, size), v_size = scores.shape, value.shape[3]
+    options = interpret_options()
+    row = gpu_lanes.folded_size(v_size, value.dtype)
+    room = pl.cdiv(size, _PART) * _PART
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - size)))
+    splits = _splits(b * n, room // _PART, wanted)
     partial_row = jax.ShapeDtypeStruct((splits, b, n), jnp.float32)
     acc, m, total = plgpu.kernel(
-        functools.partial(_attend_kernel, group=group, splits=splits),
+        functools.partial(
+            _attend_kernel,
+            group=n // value.shape[2],
+            splits=splits,
+            interpreted=options is not None,
+        ),
         out_type=[
-            jax.ShapeDtypeStruct((splits, b, n, width), jnp.float32),
+            jax.ShapeDtypeStruct((splits, b, n, row), jnp.float32),
             partial_row,
             partial_row,
         ],
         scratch_types=[
-            plgpu.SMEM((_LANES, width), value.dtype),
-            plgpu.SMEM((group, _LANES), jnp.float32),
-            *[plgpu.Barrier(num_arrivals=1, num_barriers=_WORD)] * (_LANES // _WORD),
+            plgpu.SMEM((_PART,), jnp.int32),
+            plgpu.SMEM((1, _PART), jnp.float32),
+            plgpu.SMEM((gpu_lanes.fold_room(value.dtype),), jnp.float32),
         ],
-        grid=(b, k, splits),
-        grid_names=grid_names,
-        kernel_name=f"topk_decode_attend_v{v_size}_g{group}",
-        interpret=interpret,
-    )(scores, ranked, value, selection.order_key(threshold), cut, start, end)
-    out, lse = _merge(acc[..., :v_size], m, total)
-
-    indices = None
-    if with_indices:
-        kept = selection.selected(ranked, visible, threshold, cut)
-        indices = selection.compact(kept, topk)
-    selected = TopKSelection(indices, count, threshold, cut)
-    return out.astype(query.dtype), lse, selection.repeat_for_heads(selected, per_set)
+        grid=(b, n, splits),
+        grid_names=("batch", "head", "split"),
+        kernel_name=f"topk_decode_attend_v{v_size}",
+        interpret=compat.gpu_interpret(options),
+    )(widen(places), widen(scores), counts, value)
+    return online_softmax.merge_splits(acc[..., :v_size], m, total)

@@ -1,22 +1,27 @@
-"""Threshold and tie cut of each row by a many-way search on ordered integers (Mosaic GPU, Hopper).
+"""Threshold, tie cut and list of each row's largest scores: narrow the row first, then search the few (Mosaic GPU, Hopper).
 
 1. A score becomes an int32 whose order is the score's order; hidden keys, NaN included, become the smallest integer.
-2. The threshold lies in [low, high): at least `topk` keys reach `low`, fewer reach `high`. One pass over the row counts the
-   keys that reach each of `2**bits - 1` bounds between them, and the interval shrinks to one of 2**bits parts.
-3. Among the keys equal to the threshold, the last one kept is found by halving the range of chunks that holds it, then the
-   range of places inside one chunk: in all about one more pass.
+2. *Narrow.* A strided sample of the row gives a bound that a little more than `topk` scores should reach. One pass over the
+   row packs the scores that reach it, with their places, into a list in shared memory, in order of place. It counts them, so
+   a sample that misled is noticed: fewer than `topk`, or more than the list holds. A row that fits the list whole needs no
+   sample.
+3. *Search.* The threshold lies in [low, high): at least `topk` scores reach `low`, fewer reach `high`. A pass over the list
+   counts the scores that reach each of three bounds between them. The last key kept among equals is found by halving.
+4. The selected places are packed from the list into the row of indices.
+5. A row whose sample misled, whose budget is beyond the list, or with a plateau of equal scores at the threshold, is searched
+   in global memory: a pass tests the sample's bound itself, which settles a plateau, then each pass counts seven bounds.
 
-Nothing is sorted, and nothing is written but three integers a row. Sums are of integers, so the result has one value.
+So a row is read once and a bit. Nothing is sorted; sums are of integers, and lists are packed in order: the result has one
+value, whatever the sample.
 
-Grid (rows,), one warpgroup a row. A row of up to `_RESIDENT_KEYS` is turned into keys once and stays in shared memory, where a
-pass is cheap: 2 bits a pass. A longer row is read from global memory in every pass: 4 bits a pass, so eight of them.
-
-Rows are read straight into registers, in steps of `block_s` keys. The last step of a ragged row starts early enough to end
-with the row and hides the keys that it has seen before, so that no length needs padding, except rows shorter than one step.
-One warpgroup only: the scratch of a reduction to a scalar is shared by all warpgroups of a block.
+Grid (rows,), one warpgroup a row. Few long rows are narrowed by a kernel of their own, grid (rows, splits), each block packing
+its part of the row in global memory. Rows are read straight into registers, the next tile while one is worked on. The last tile
+of a ragged row starts early enough to end with the row and hides the keys that it has seen before.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,193 +29,609 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core import compat, selection
+from pallas_kernels.core import compat, gpu_lanes, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
 
 _LANES = 128
-_VECTOR = 512  # keys that the warpgroup holds in one register vector, four a lane
-_STEP = 2048  # keys read at a time
-_RESIDENT_KEYS = 49_152  # int32 in shared memory: 192 of the 227 KiB of a block
-_RESIDENT_BITS, _STREAMED_BITS = 2, 4
+_VECTORS = 4  # register vectors that a lane reads at a time
+_CHUNK = 512  # keys of the list that a pass looks at together: four a lane
+_MAX_CAPACITY = 12_288  # keys of the list: 96 of the 227 KiB of shared memory
+_SMALL_ROW = 2048  # keys of a row that the list always holds whole
+_DEFAULT_BUDGET = 4096  # what the list is sized for where the budget is an array
+_SAMPLE = 8192
+_BITS = 2  # of the threshold that a pass over the list settles
+_STREAMED_BITS = 3  # and a pass over the row
+_STREAMED_VECTORS = 4  # register vectors that a lane reads at a time there
+_BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
+_SPLIT_KEYS = 8192  # a block of its own is not worth less
 _LOWEST = -0x7F800000  # order key of -inf: every number reaches it
 _HIGHEST = 0x7F800001  # one above that of +inf: no number reaches it
 
 
-def _select_kernel(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Sizes of one call.
+
+    step, align: keys that are read at a time, and neighbours that a lane reads together.
+    capacity: keys that the list holds, a multiple of `_CHUNK`.
+    sample: keys that are sampled, a power of two.
+    splits: blocks that narrow one row.
+    """
+
+    step: int
+    align: int
+    capacity: int
+    sample: int
+    splits: int
+    interpreted: bool
+
+
+def _plan(
+    rows: int, num_keys: int, topk: int | None, block_s: int | None, interpreted: bool
+) -> _Plan:
+    # A lane reads `align` neighbours at once, which global memory allows at multiples of `align` only.
+    align = next(n for n in (4, 2, 1) if num_keys % n == 0 and num_keys >= n * _LANES)
+    step = align * _LANES * _VECTORS if block_s is None else block_s
+    if step % (align * _LANES) or step & (step - 1) or step > align * _LANES * 8:
+        raise NotImplementedError(
+            f"topk_select: mosaic_gpu got block_s {step}, wanted a power of two from {align * _LANES} "
+            f"to {align * _LANES * gpu_lanes.MAX_VECTORS}"
+        )
+    while step > num_keys:
+        step //= 2
+    budget = min(_DEFAULT_BUDGET if topk is None else topk, num_keys)
+    sample = max(_LANES * 8, min(_SAMPLE, 2 ** (num_keys.bit_length() - 4)))
+    expected = budget * sample / num_keys
+    wanted = 1.125 * (expected + 4 * math.sqrt(expected) + 4) + 1
+    capacity = (wanted + 4 * math.sqrt(wanted)) * num_keys / sample
+    capacity = max(min(capacity, _MAX_CAPACITY, num_keys), min(num_keys, _SMALL_ROW))
+    if topk is None and num_keys <= _MAX_CAPACITY:
+        capacity = num_keys  # the budget may be anything
+    capacity = pl.cdiv(math.ceil(capacity), _CHUNK) * _CHUNK
+    splits = 1
+    if num_keys > 2 * _SPLIT_KEYS and num_keys > capacity:
+        splits = max(1, min(pl.cdiv(_BLOCKS, rows), num_keys // _SPLIT_KEYS))
+    return _Plan(
+        step=step,
+        align=align,
+        capacity=capacity,
+        sample=sample,
+        splits=splits,
+        interpreted=interpreted,
+    )
+
+
+class _Row:
+    """One row of scores in global memory, read tile by tile."""
+
+    def __init__(self, scores_ref, row, start, end, step: int, align: int):
+        self.ref, self.row, self.start, self.end, self.step = scores_ref, row, start, end, step
+        self.num_keys = scores_ref.shape[1]
+        self.layout = plgpu.Layout.WG_STRIDED((step,), vec_size=align)
+        self.lane_place = plgpu.broadcasted_iota(jnp.int32, (step,), 0, layout=self.layout)
+        self.first, self.last = lax.div(start, step), lax.div(end + (step - 1), step)
+
+    def offset(self, tile):
+        return jnp.minimum(tile * self.step, self.num_keys - self.step)
+
+    def load(self, tile):
+        part = self.ref.at[self.row, pl.ds(self.offset(tile), self.step)]
+        return plgpu.load(part, layout=self.layout, optimized=False).astype(jnp.float32)
+
+    def places(self, tile):
+        """The places of a tile's keys, and whether they are visible and no earlier tile has them."""
+        place = self.offset(tile) + self.lane_place
+        begin = jnp.maximum(self.start, tile * self.step)
+        width = jnp.maximum(self.end - begin, 0)
+        return place, (place - begin).astype(jnp.uint32) < width.astype(jnp.uint32)
+
+    def scan(self, first, last, state, use):
+        """state = use(tile, scores, state) over the tiles [first, last); the next one is on its way meanwhile."""
+
+        def body(tile, carry):
+            scores, state = carry
+            following = self.load(jnp.minimum(tile + 1, last - 1))
+            return following, use(tile, scores, state)
+
+        _, state = lax.fori_loop(first, last, body, (self.load(jnp.minimum(first, last)), state))
+        return state
+
+
+def _keys_of(scores):
+    key = selection.order_key(scores)
+    return jnp.where(key == selection.NAN, selection.DEAD, key)
+
+
+def _half(low, high):
+    # The width may pass 2**31: it is read as unsigned, hence the logical shift.
+    return low + lax.shift_right_logical(high - low, 1)
+
+
+def _full(value, shape, layout):
+    return plgpu.layout_cast(lax.broadcast(jnp.int32(value), shape), layout)
+
+
+def _lower_bound(row: _Row, budget, lanes_ref, plan: _Plan):
+    """Returns a key that at least `budget`, and not many more, of the row's scores are likely to reach, and if the list may hold them.
+
+    The key is `_LOWEST` where the list is to hold the whole row.
+    """
+    visible = row.end - row.start
+    layout = plgpu.Layout.WG_STRIDED((plan.sample,), vec_size=1)
+
+    def from_sample():
+        keys = _keys_of(
+            gpu_lanes.sampled_load(
+                row.ref.at[row.row],
+                row.start,
+                jnp.maximum(visible - gpu_lanes.GROUP, 0),
+                plan.sample,
+                interpreted=plan.interpreted,
+            ).astype(jnp.float32)
+        )
+        share = plan.sample / visible.astype(jnp.float32)
+        expected = budget.astype(jnp.float32) * share
+        # Four standard deviations more than the budget's share of the sample: one row in 30,000 gets too few.
+        wanted = (expected + 4.0 * lax.sqrt(expected) + 4.0).astype(jnp.int32)
+        slack = lax.shift_right_logical(wanted, 3)
+
+        def total(vector, kind="add"):
+            return gpu_lanes.reduce(
+                [vector], lanes_ref, layout=layout, kind=kind, interpreted=plan.interpreted
+            )[0]
+
+        def halve(carry):
+            low, high, reached = carry
+            middle = _half(low, high)
+            count = total((keys >= middle).astype(jnp.int32))
+            enough = count >= wanted
+            return (
+                jnp.where(enough, middle, low),
+                jnp.where(enough, high, middle),
+                jnp.where(enough, count, reached),
+            )
+
+        low, _, reached = lax.while_loop(
+            lambda carry: (carry[1] - carry[0] != 1) & (carry[2] - wanted > slack),
+            halve,
+            (jnp.int32(_LOWEST), total(keys, "max") + 1, jnp.int32(plan.sample)),
+        )
+        reached = reached.astype(jnp.float32)
+        most = reached + 3.0 * lax.sqrt(reached)
+        # Where the list holds the whole row, a bound is worth its sample only if it leaves half of the row out.
+        whole = (visible <= plan.capacity) & (2.0 * most > plan.sample)
+        return jnp.where(whole, _LOWEST, low), whole | (most <= plan.capacity * share)
+
+    return lax.cond(
+        visible <= min(plan.capacity, _SMALL_ROW),
+        lambda: (jnp.int32(_LOWEST), jnp.bool_(True)),
+        from_sample,
+    )
+
+
+def _pack_candidates(row: _Row, first, last, bound, lists, lanes_ref, plan: _Plan):
+    """Packs the places and bits of the scores that reach `bound`, of the tiles [first, last); returns how many there are."""
+    # Zero's key stands for the subnormals too; comparing to the number below them keeps all of them, and more is no harm.
+    bound = jnp.where(bound == 0, -selection.SMALLEST_NORMAL_KEY, bound)
+    bound_score = selection.key_to_score(_full(bound, (row.step,), row.layout))
+
+    def pack(tile, scores, found):
+        place, seen = row.places(tile)
+        return gpu_lanes.append(
+            seen & (scores >= bound_score),
+            [place, lax.bitcast_convert_type(scores, jnp.int32)],
+            lists,
+            found,
+            lanes_ref,
+            layout=row.layout,
+            interpreted=plan.interpreted,
+        )
+
+    return row.scan(first, last, jnp.int32(0), pack)
+
+
+def _narrow_kernel(
     # inputs, global memory
     scores_ref,  # [rows, S]
     budget_ref,  # [rows] i32
-    start_ref,  # [rows] i32, first visible key
-    end_ref,  # [rows] i32, one past the last
+    start_ref,  # [rows] i32
+    end_ref,  # [rows] i32
     # outputs, global memory
-    count_ref,  # [rows] i32
-    bound_ref,  # [rows] i32, order key of the threshold
-    cut_ref,  # [rows] i32
-    # scratch: nothing, or the row's keys
-    *scratch,  # [steps * step] i32, shared memory
-    step: int,
-    vector: int,
-    align: int,
-    bits: int,
+    bound_ref,  # [rows, splits] i32, order key that candidates reach; the same in all splits
+    found_ref,  # [rows, splits] i32, candidates of the split; more than the capacity: the list is cut off
+    places_ref,  # [rows, splits, capacity] i32
+    bits_ref,  # [rows, splits, capacity] i32
+    # scratch
+    lanes_ref,
+    *,
+    plan: _Plan,
 ):
-    keys_ref = scratch[0] if scratch else None
-    num_keys = scores_ref.shape[1]
-    vectors = step // vector
-    layout = plgpu.Layout.WG_STRIDED((vector,), vec_size=align)
-    place = plgpu.broadcasted_iota(jnp.int32, (vector,), 0, layout=layout)
-    row = lax.axis_index("row")
-    start, end, budget = start_ref[row], end_ref[row], budget_ref[row]
-    first, last = lax.div(start, step), lax.div(end + (step - 1), step)
+    index, split = lax.axis_index("row"), lax.axis_index("split")
+    row = _Row(scores_ref, index, start_ref[index], end_ref[index], plan.step, plan.align)
+    bound, hopeful = _lower_bound(row, budget_ref[index], lanes_ref, plan)
+    share = pl.cdiv(pl.cdiv(row.num_keys, plan.step), plan.splits)
+    first = jnp.maximum(row.first, split * share)
+    last = jnp.maximum(jnp.minimum(row.last, (split + 1) * share), first)
+    last = jnp.where(hopeful, last, first)
+    lists = [places_ref.at[index, split], bits_ref.at[index, split]]
+    found = _pack_candidates(row, first, last, bound, lists, lanes_ref, plan)
+    bound_ref[index, split] = bound
+    found_ref[index, split] = jnp.where(hopeful, found, plan.capacity + 1)
 
-    def read_keys(index, v):
-        # The last step of a ragged row overlaps the one before it; `index * step` is where its own keys begin.
-        offset = jnp.minimum(index * step, num_keys - step) + v * vector
-        scores = plgpu.load(
-            scores_ref.at[row, pl.ds(offset, vector)], layout=layout, optimized=False
-        )
-        key, position = selection.order_key(scores), offset + place
-        seen = (position >= jnp.maximum(start, index * step)) & (position < end)
-        return jnp.where(seen & (key != selection.NAN), key, selection.DEAD)
 
-    def slot(index, v):
-        return pl.ds(index * step + v * vector, vector)
+def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
+    # inputs, global memory:
+    #   scores [rows, S]; budget, start, end [rows] i32; where the rows were narrowed before, what that kernel put out
+    # outputs, global memory:
+    #   count, threshold's order key, tie cut [rows] i32; lists [rows, >= topk]: "indices" i32, "scores" f32
+    # scratch, shared memory:
+    #   places_ref, keys_ref [capacity] i32, the list; lanes_ref
+    refs = list(refs)
+    scores_ref, budget_ref, start_ref, end_ref = (refs.pop(0) for _ in range(4))
+    narrowed = [refs.pop(0) for _ in range(4)] if plan.splits > 1 else None
+    count_ref, bound_ref, cut_ref = (refs.pop(0) for _ in range(3))
+    list_refs = [refs.pop(0) for _ in listed]
+    places_ref, keys_ref, lanes_ref = refs
+    index = lax.axis_index("row")
+    row = _Row(scores_ref, index, start_ref[index], end_ref[index], plan.step, plan.align)
+    budget = jnp.maximum(budget_ref[index], 0)
+    chunk_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=4)
+    lane = plgpu.broadcasted_iota(jnp.int32, (_CHUNK,), 0, layout=chunk_layout)
+    append = functools.partial(gpu_lanes.append, interpreted=plan.interpreted)
+    reduce = functools.partial(gpu_lanes.reduce, interpreted=plan.interpreted)
 
-    def keys_of(index, v):
-        if keys_ref is None:
-            return read_keys(index, v)
-        return plgpu.load(keys_ref.at[slot(index, v)], layout=layout)
+    def chunk_of(ref, chunk):
+        return plgpu.load(ref.at[pl.ds(chunk * _CHUNK, _CHUNK)], layout=chunk_layout)
 
-    def count(tests, begin, stop, keys_of=keys_of):
-        """How many keys of the steps [begin, stop) pass each test."""
+    if narrowed is None:
+        low, hopeful = _lower_bound(row, budget, lanes_ref, plan)
+        last = jnp.where(hopeful, row.last, row.first)
+        found = _pack_candidates(row, row.first, last, low, [places_ref, keys_ref], lanes_ref, plan)
+        found = jnp.where(hopeful, found, plan.capacity + 1)
+    else:
+        narrowed_bound_ref, found_ref, narrowed_places_ref, narrowed_bits_ref = narrowed
+        low = narrowed_bound_ref[index, 0]
 
-        def add_step(index, sums):
-            for v in range(vectors):
-                key = keys_of(index, v)
-                sums = [
-                    total + test(key).astype(jnp.int32)
+        def take_split(split, found):
+            here = found_ref[index, split]
+
+            def take(chunk, found):
+                part = pl.ds(chunk * _CHUNK, _CHUNK)
+                place, bits = (
+                    plgpu.load(ref.at[index, split, part], layout=chunk_layout, optimized=False)
+                    for ref in (narrowed_places_ref, narrowed_bits_ref)
+                )
+                hit = chunk * _CHUNK + lane < here
+                lists = [places_ref, keys_ref]
+                return append(hit, [place, bits], lists, found, lanes_ref, layout=chunk_layout)
+
+            cut_off = here > plan.capacity
+            chunks = jnp.where(cut_off, 0, lax.div(here + (_CHUNK - 1), _CHUNK))
+            found = lax.fori_loop(0, chunks, take, found)
+            return found + jnp.where(cut_off, plan.capacity + 1, 0)
+
+        found = lax.fori_loop(0, plan.splits, take_split, jnp.int32(0))
+
+    # Candidates of a bound that every number reaches are all the numbers there are.
+    narrow = (found <= plan.capacity) & ((found >= budget) | (low == _LOWEST))
+
+    def finish(kept, bound, cut, emit):
+        """Writes the row's results; `emit(found)` packs the selected keys into the lists."""
+        count_ref[index] = kept
+        bound_ref[index] = jnp.where(kept > 0, bound, selection.NOTHING)
+        cut_ref[index] = jnp.where(kept > 0, cut, -1)
+        if not list_refs:
+            return
+        width = list_refs[0].shape[1]
+
+        @pl.when(kept < width)
+        def _():
+            def fill(part, _):
+                for name, ref in zip(listed, list_refs, strict=True):
+                    blank = jnp.full(
+                        (_LANES,),
+                        *((-1, jnp.int32) if name == "indices" else (-jnp.inf, jnp.float32)),
+                    )
+                    ref[index, pl.ds(part * _LANES, _LANES)] = plgpu.layout_cast(
+                        blank, plgpu.Layout.WG_STRIDED((_LANES,), vec_size=1)
+                    )
+
+            lax.fori_loop(0, width // _LANES, fill, None)
+
+        pl.when(kept > 0)(emit)
+
+    def listing(place, key):
+        """What the lists hold of some keys."""
+        payloads = {"indices": place, "scores": selection.key_to_score(key)}
+        return [payloads[name] for name in listed], [ref.at[index] for ref in list_refs]
+
+    @pl.when(narrow)
+    def _():
+        chunks = lax.div(found + (_CHUNK - 1), _CHUNK)
+        kept = jnp.minimum(budget, found)
+
+        def to_keys(chunk, largest):
+            part = pl.ds(chunk * _CHUNK, _CHUNK)
+            scores = lax.bitcast_convert_type(chunk_of(keys_ref, chunk), jnp.float32)
+            key = selection.order_key(scores)
+            key = jnp.where(chunk * _CHUNK + lane < found, key, selection.DEAD)
+            keys_ref[part] = key
+            return jnp.maximum(largest, key)
+
+        largest = lax.fori_loop(0, chunks, to_keys, _full(selection.DEAD, (_CHUNK,), chunk_layout))
+        [largest] = reduce([largest], lanes_ref, layout=chunk_layout, kind="max")
+
+        def count(*tests):
+            """How many candidates pass each test of (key, place)."""
+
+            def add(chunk, sums):
+                key = chunk_of(keys_ref, chunk)
+                place = chunk_of(places_ref, chunk)
+                return [
+                    total + test(key, place).astype(jnp.int32)
                     for total, test in zip(sums, tests, strict=True)
                 ]
-            return sums
 
-        zeros = [plgpu.layout_cast(jnp.zeros((vector,), jnp.int32), layout) for _ in tests]
-        return [jnp.sum(total) for total in lax.fori_loop(begin, stop, add_step, zeros)]
+            zeros = [_full(0, (_CHUNK,), chunk_layout) for _ in tests]
+            sums = lax.fori_loop(0, chunks, add, zeros)
+            return reduce(sums, lanes_ref, layout=chunk_layout, kind="add")
 
-    def stage(index, v):
-        key = read_keys(index, v)
-        if keys_ref is not None:
-            keys_ref[slot(index, v)] = key
-        return key
-
-    [alive] = count([lambda key: key != selection.DEAD], first, last, keys_of=stage)
-    kept = jnp.clip(budget, 0, alive)
-    count_ref[row] = kept
-
-    @pl.when(kept == 0)
-    def _():
-        bound_ref[row] = selection.NOTHING
-        cut_ref[row] = -1
-
-    @pl.when(kept > 0)
-    def _():
         def shrink(carry):
-            low, high, above = carry  # keys that reach `high`: fewer than `kept`
-            # The width may pass 2**31: it is read as unsigned, hence the logical shift of a width that is at least 2.
-            part = lax.shift_right_logical(high - low - 1, bits) + 1
-            bounds = [low + i * part for i in range(1, 2**bits)]
-            for bound, reached in zip(
-                bounds, count([lambda key, b=b: key >= b for b in bounds], first, last), strict=True
-            ):
-                enough = reached >= kept
+            low, high, reached = carry  # scores that reach `low`: at least `kept`
+            part = lax.shift_right_logical(high - low - 1, _BITS) + 1
+            bounds = [low + i * part for i in range(1, 2**_BITS)]
+            counts = count(*[lambda key, _, b=b: key >= b for b in bounds])
+            for bound, counted in zip(bounds, counts, strict=True):
+                enough = counted >= kept
                 # Bounds ascend; those past `high` are reached by fewer still, and stay without effect.
                 lower = ~enough & (bound < high)
-                low = jnp.where(enough, bound, low)
-                high, above = jnp.where(lower, bound, high), jnp.where(lower, reached, above)
-            return low, high, above
+                low, reached = jnp.where(enough, bound, low), jnp.where(enough, counted, reached)
+                high = jnp.where(lower, bound, high)
+            return low, high, reached
 
-        bound, _, above = lax.while_loop(
-            lambda carry: carry[1] - carry[0] != 1,
+        low_key, _, reached = lax.while_loop(
+            lambda carry: (carry[1] - carry[0] != 1) & (carry[2] != kept),
             shrink,
-            (jnp.int32(_LOWEST), jnp.int32(_HIGHEST), jnp.int32(0)),
+            (jnp.maximum(low, _LOWEST), largest + 1, found),
         )
-        quota = kept - above  # equals of the threshold that are kept: at least 1
+        low_key = jnp.where(kept > 0, low_key, largest + 1)
 
-        def halve_steps(carry):
-            begin, stop, before = (
-                carry  # `before` equals in the steps left of `begin`: fewer than the quota
-            )
-            middle = lax.div(begin + stop, 2)
-            [equals] = count([lambda key: key == bound], begin, middle)
-            inside = before + equals >= quota
-            return (
-                jnp.where(inside, begin, middle),
-                jnp.where(inside, middle, stop),
-                jnp.where(inside, before, before + equals),
-            )
+        # Where exactly `kept` scores reach the bound, the threshold is the smallest of them.
+        def smallest(chunk, negated):
+            key = chunk_of(keys_ref, chunk)
+            return jnp.maximum(negated, jnp.where(key >= low_key, -key, selection.DEAD))
 
-        holder, _, before = lax.while_loop(
-            lambda carry: carry[1] - carry[0] > 1, halve_steps, (first, last, jnp.int32(0))
+        negated = lax.fori_loop(0, chunks, smallest, _full(selection.DEAD, (_CHUNK,), chunk_layout))
+        [negated] = reduce([negated], lanes_ref, layout=chunk_layout, kind="max")
+        bound = jnp.where(reached == kept, -negated, low_key)
+        above, equals = count(lambda key, _: key > bound, lambda key, _: key == bound)
+        quota = kept - above
+
+        def last_place():
+            def largest_place(chunk, largest):
+                key, place = chunk_of(keys_ref, chunk), chunk_of(places_ref, chunk)
+                return jnp.maximum(largest, jnp.where(key == bound, place, -1))
+
+            largest = lax.fori_loop(0, chunks, largest_place, _full(-1, (_CHUNK,), chunk_layout))
+            return reduce([largest], lanes_ref, layout=chunk_layout, kind="max")[0]
+
+        def place_of_quota():
+            def halve(carry):
+                before, at = carry  # up to `before` too few equals, up to `at` enough
+                middle = _half(before, at)
+                [counted] = count(lambda key, place: (key == bound) & (place <= middle))
+                enough = counted >= quota
+                return jnp.where(enough, before, middle), jnp.where(enough, middle, at)
+
+            return lax.while_loop(
+                lambda carry: carry[1] - carry[0] > 1, halve, (row.start - 1, row.end - 1)
+            )[1]
+
+        cut = lax.cond(equals == quota, last_place, place_of_quota)
+
+        def emit():
+            def pack(chunk, packed):
+                key, place = chunk_of(keys_ref, chunk), chunk_of(places_ref, chunk)
+                hit = (key > bound) | ((key == bound) & (place <= cut))
+                payloads, lists = listing(place, key)
+                return append(hit, payloads, lists, packed, lanes_ref, layout=chunk_layout)
+
+            lax.fori_loop(0, chunks, pack, jnp.int32(0))
+
+        finish(kept, bound, cut, emit)
+
+    @pl.when(~narrow)
+    def _():
+        _search_in_place(
+            _Row(scores_ref, index, row.start, row.end, plan.align * _LANES, plan.align),
+            budget,
+            low,
+            lanes_ref,
+            finish,
+            listing,
+            plan,
         )
 
-        def halve_places(_, carry):
-            begin, stop = carry  # the last kept place lies in [begin, stop)
-            middle = lax.div(begin + stop, 2)
-            equals = jnp.int32(0)
-            for v in range(vectors):
-                hit = (keys_of(holder, v) == bound) & (v * vector + place < middle)
-                equals += jnp.sum(hit.astype(jnp.int32))
-            inside = before + equals >= quota
-            return jnp.where(inside, begin, middle), jnp.where(inside, middle, stop)
 
-        place_in_step, _ = lax.fori_loop(
-            0, (step - 1).bit_length(), halve_places, (jnp.int32(0), jnp.int32(step))
+def _search_in_place(row: _Row, budget, hint, lanes_ref, finish, listing, plan: _Plan):
+    """Selects from a row in global memory, by as many passes over it as it takes; `hint` is a key worth testing first."""
+    append = functools.partial(gpu_lanes.append, layout=row.layout, interpreted=plan.interpreted)
+
+    def keys_and_places(tile):
+        place, seen = row.places(tile)
+        return jnp.where(seen, _keys_of(row.load(tile)), selection.DEAD), place
+
+    def fold(begin, stop, state, use):
+        """state = use(key, state) over the tiles [begin, stop), some of them read at a time."""
+
+        def body(group, state):
+            tiles = [begin + group * _STREAMED_VECTORS + v for v in range(_STREAMED_VECTORS)]
+            scores = [row.load(jnp.minimum(tile, stop - 1)) for tile in tiles]
+            for tile, score in zip(tiles, scores, strict=True):
+                _, seen = row.places(tile)
+                seen &= tile < stop
+                state = use(jnp.where(seen, _keys_of(score), selection.DEAD), state)
+            return state
+
+        groups = lax.div(stop - begin + (_STREAMED_VECTORS - 1), _STREAMED_VECTORS)
+        return lax.fori_loop(0, groups, body, state)
+
+    def count(tests, begin, stop):
+        """How many keys of the tiles [begin, stop) pass each test."""
+        sums = fold(
+            begin,
+            stop,
+            [_full(0, (row.step,), row.layout) for _ in tests],
+            lambda key, sums: [
+                total + test(key).astype(jnp.int32) for total, test in zip(sums, tests, strict=True)
+            ],
         )
-        bound_ref[row] = bound
-        cut_ref[row] = jnp.minimum(holder * step, num_keys - step) + place_in_step
-
-
-def _sizes(num_keys: int, block_s: int | None) -> tuple[int, int]:
-    """Returns (step, vector): keys read at a time, and those of one register vector."""
-    vector = min(_VECTOR, pl.cdiv(num_keys, _LANES) * _LANES)
-    step = _STEP if block_s is None else block_s
-    if step % _LANES or step & (step - 1):
-        raise NotImplementedError(
-            f"topk_select: mosaic_gpu got block_s {step}, wanted a power of two of at least {_LANES}"
+        return gpu_lanes.reduce(
+            sums, lanes_ref, layout=row.layout, kind="add", interpreted=plan.interpreted
         )
-    while step > vector and step > num_keys:
-        step //= 2
-    return max(step, vector), vector
+
+    first, last = row.first, row.last
+    alive, over, level = count(
+        [
+            lambda key: key != selection.DEAD,
+            lambda key: key > hint,
+            lambda key: (key == hint) & (key != selection.DEAD),
+        ],
+        first,
+        last,
+    )
+    kept = jnp.minimum(budget, alive)
+    # The threshold is the hint itself, or above it, or below it.
+    low = jnp.where(over >= kept, hint + 1, jnp.where(over + level >= kept, hint, _LOWEST))
+    high = jnp.where(over >= kept, _HIGHEST, jnp.where(over + level >= kept, hint + 1, hint))
+    above = jnp.where(over >= kept, 0, jnp.where(over + level >= kept, over, over + level))
+
+    def shrink(carry):
+        low, high, above = carry  # keys that reach `high`: fewer than `kept`
+        part = lax.shift_right_logical(high - low - 1, _STREAMED_BITS) + 1
+        bounds = [low + i * part for i in range(1, 2**_STREAMED_BITS)]
+        counts = count([lambda key, b=b: key >= b for b in bounds], first, last)
+        for bound, reached in zip(bounds, counts, strict=True):
+            enough = reached >= kept
+            lower = ~enough & (bound < high)
+            low = jnp.where(enough, bound, low)
+            high, above = jnp.where(lower, bound, high), jnp.where(lower, reached, above)
+        return low, high, above
+
+    bound, _, above = lax.while_loop(
+        lambda carry: (carry[1] - carry[0] != 1) & (kept > 0), shrink, (low, high, above)
+    )
+    quota = kept - above  # equals of the threshold that are kept: at least 1
+
+    def halve_tiles(carry):
+        begin, stop, before = carry  # `before` equals in the tiles left of `begin`: below the quota
+        middle = lax.div(begin + stop, 2)
+        [equals] = count([lambda key: key == bound], begin, middle)
+        inside = before + equals >= quota
+        return (
+            jnp.where(inside, begin, middle),
+            jnp.where(inside, middle, stop),
+            jnp.where(inside, before, before + equals),
+        )
+
+    holder, _, before = lax.while_loop(
+        lambda carry: (carry[1] - carry[0] > 1) & (kept > 0),
+        halve_tiles,
+        (first, last, jnp.int32(0)),
+    )
+
+    def halve_places(_, carry):
+        begin, stop = carry  # the last kept place of the tile lies in [begin, stop)
+        middle = lax.div(begin + stop, 2)
+        key, _ = keys_and_places(holder)
+        hit = (key == bound) & (row.lane_place < middle)
+        [equals] = gpu_lanes.reduce(
+            [hit.astype(jnp.int32)],
+            lanes_ref,
+            layout=row.layout,
+            kind="add",
+            interpreted=plan.interpreted,
+        )
+        inside = before + equals >= quota
+        return jnp.where(inside, begin, middle), jnp.where(inside, middle, stop)
+
+    inside, _ = lax.fori_loop(
+        0, (row.step - 1).bit_length(), halve_places, (jnp.int32(0), jnp.int32(row.step))
+    )
+    cut = row.offset(holder) + inside
+
+    def emit():
+        def pack(tile, packed):
+            key, place = keys_and_places(tile)
+            hit = (key > bound) | ((key == bound) & (place <= cut))
+            payloads, lists = listing(place, key)
+            return append(hit, payloads, lists, packed, lanes_ref)
+
+        lax.fori_loop(first, last, pack, jnp.int32(0))
+
+    finish(kept, bound, cut, emit)
 
 
-def select(scores, start, end, budget, *, block_s: int | None = None):
-    """Returns (count, threshold, tie_cut) of each row, as `reference.select` with visible = start <= index < end.
+def select(
+    scores,
+    start,
+    end,
+    budget,
+    *,
+    topk: int | None = None,
+    listed: tuple[str, ...] = (),
+    block_s: int | None = None,
+):
+    """Returns (count, threshold, tie_cut, *lists) of each row, as `reference.select` with visible = start <= index < end.
 
     Args:
       scores: [rows, S], float16, bfloat16 or float32. Keys outside [start, end) are never looked at.
       start, end, budget: int32 [rows], 0 <= start, end <= S.
+      topk: no budget is larger; None if that is not known. Sizes the kernel.
+      listed: "indices" for int32 [rows, topk], ascending, -1 at the tail; "scores" for float32 [rows, topk], those of the
+        indices, subnormals as 0 and -inf at the tail.
     """
     rows, num_keys = scores.shape
-    step, vector = _sizes(num_keys, block_s)
-    if num_keys < step:
-        scores = jnp.pad(scores, ((0, 0), (0, step - num_keys)))
-        num_keys = step
-    padded = pl.cdiv(num_keys, step) * step
-    resident = padded <= _RESIDENT_KEYS
-    # A lane reads `align` neighbours at once, which global memory allows at multiples of `align` only.
-    align = next(n for n in (4, 2, 1) if num_keys % n == 0 and vector % (n * _LANES) == 0)
-    bits = _RESIDENT_BITS if resident else _STREAMED_BITS
+    if num_keys < _LANES:
+        scores = jnp.pad(scores, ((0, 0), (0, _LANES - num_keys)))
+        num_keys = _LANES
+    options = interpret_options()
+    plan = _plan(rows, num_keys, topk, block_s, options is not None)
+    interpret = compat.gpu_interpret(options)
+    lanes = plgpu.SMEM((gpu_lanes.SCRATCH,), jnp.int32)
+    arguments = [scores, budget, start, end]
+    if plan.splits > 1:
+        of_split = jax.ShapeDtypeStruct((rows, plan.splits), jnp.int32)
+        segments = jax.ShapeDtypeStruct((rows, plan.splits, plan.capacity), jnp.int32)
+        arguments += plgpu.kernel(
+            functools.partial(_narrow_kernel, plan=plan),
+            out_type=[of_split, of_split, segments, segments],
+            scratch_types=[lanes],
+            grid=(rows, plan.splits),
+            grid_names=("row", "split"),
+            kernel_name=f"topk_select_narrow_s{plan.step}",
+            interpret=interpret,
+        )(*arguments)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    count, bound, cut = plgpu.kernel(
-        functools.partial(_select_kernel, step=step, vector=vector, align=align, bits=bits),
-        out_type=[row, row, row],
-        scratch_types=[plgpu.SMEM((padded,), jnp.int32)] if resident else [],
+    width = pl.cdiv(topk or 1, _LANES) * _LANES
+    dtypes = {"indices": jnp.int32, "scores": jnp.float32}
+    count, bound, cut, *lists = plgpu.kernel(
+        functools.partial(_select_kernel, plan=plan, listed=listed),
+        out_type=[row, row, row]
+        + [jax.ShapeDtypeStruct((rows, width), dtypes[name]) for name in listed],
+        scratch_types=[
+            plgpu.SMEM((plan.capacity,), jnp.int32),
+            plgpu.SMEM((plan.capacity,), jnp.int32),
+            lanes,
+        ],
         grid=(rows,),
         grid_names=("row",),
-        kernel_name=f"topk_select_{'resident' if resident else 'streamed'}_s{step}",
-        interpret=compat.gpu_interpret(interpret_options()),
-    )(scores, budget, start, end)
-    return count, selection.key_to_score(bound), cut
+        kernel_name=f"topk_select_s{plan.step}_c{plan.capacity}",
+        interpret=interpret,
+    )(*arguments)
+    return count, selection.key_to_score(bound), cut, *(x[:, :topk] for x in lists)
 
 
 def topk_select(
@@ -227,23 +648,25 @@ def topk_select(
     flat = scores.reshape(-1, num_keys)
     end = jnp.full(rows, num_keys, jnp.int32) if lengths is None else jnp.clip(lengths, 0, num_keys)
     budget = selection.rows_of(topk, rows)
+    listed = ("indices",) if with_indices else ()
     if flat.shape[0] == 0:
-        count, threshold, cut = (
-            jnp.zeros((0,), jnp.int32),
+        nothing = jnp.zeros((0,), jnp.int32)
+        results = [
+            nothing,
             jnp.zeros((0,)),
-            jnp.zeros((0,), jnp.int32),
-        )
+            nothing,
+            *[jnp.zeros((0, topk), jnp.int32)] * len(listed),
+        ]
     else:
-        count, threshold, cut = select(
+        results = select(
             flat,
             jnp.zeros(flat.shape[:1], jnp.int32),
             end.reshape(-1),
             budget.reshape(-1),
+            topk=topk if isinstance(topk, int) else None,
+            listed=listed,
             block_s=None if block_sizes is None else block_sizes.block_s,
         )
-    count, threshold, cut = (x.reshape(rows) for x in (count, threshold, cut))
-    indices = None
-    if with_indices:
-        visible = lax.broadcasted_iota(jnp.int32, scores.shape, len(rows)) < end[..., None]
-        indices = selection.compact(selection.selected(scores, visible, threshold, cut), topk)
+    count, threshold, cut = (x.reshape(rows) for x in results[:3])
+    indices = results[3].reshape(*rows, -1) if with_indices else None
     return TopKSelection(indices, count, threshold, cut)

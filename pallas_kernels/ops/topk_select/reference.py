@@ -32,6 +32,8 @@ def select(scores, visible, budget):
 def topk_select(scores, topk, *, lengths, with_indices, block_sizes=None):
     """Arguments as the public function, checked; `lengths` int32 [...] or None, `topk` an int or int32 rows."""
     rows = scores.shape[:-1]
+    # Fused with what made them, scores may be made twice, be rounded apart, and miss their own threshold.
+    scores = lax.optimization_barrier(scores)
     visible = jnp.broadcast_to(jnp.bool_(True), scores.shape)
     if lengths is not None:
         visible = lax.broadcasted_iota(jnp.int32, scores.shape, len(rows)) < lengths[..., None]

@@ -98,6 +98,8 @@ def _bound(key: Int32[Array, "..."]) -> Float32[Array, "..."]:
 def topk_select(scores, topk, *, lengths, with_indices, block_sizes=None):
     """Arguments as the public function, checked; `lengths` int32 [...] or None, `topk` an int or int32 rows."""
     *rows, s = scores.shape
+    # Fused with what made them, scores may be made twice, be rounded apart, and miss their own threshold.
+    scores = lax.optimization_barrier(scores)
     budget = selection.rows_of(topk, tuple(rows)).reshape(-1)
     bounds = None if lengths is None else lengths.reshape(-1)
 

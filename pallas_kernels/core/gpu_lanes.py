@@ -1,0 +1,503 @@
+"""What Mosaic GPU has no operation for: places that differ from lane to lane. Written below it, each with an interpretable twin.
+
+Pallas on GPUs moves whole vectors: it can neither read at computed places nor pack the selected elements of a vector. Both
+need instructions of single lanes (warp votes, predicated stores), which `inline_mgpu` reaches. The interpreter does not know
+those, so each function here takes `interpreted` and then computes the same by plain operations on whole references.
+
+All functions are for one warpgroup of 128 lanes and vectors in `plgpu.Layout.WG_STRIDED`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, scf
+from jax.extend.mlir.dialects import math as math_dialect
+
+from pallas_kernels.core.compat import llvm, nvvm
+
+_LANES, _WARP, _WARPS = 128, 32, 4
+_EVERY_LANE = 0xFFFFFFFF
+_ROWS_IN_FLIGHT = 16  # rows that a lane reads a part of before it uses the first
+GROUP = 8  # neighbours that `sampled_load` reads together: 32 bytes of float32, one sector of global memory
+MAX_VECTORS = 8  # register vectors a lane may hand to one `append`
+MAX_SCALARS = 16  # that one `reduce` returns
+SCRATCH = _WARPS * max(
+    MAX_VECTORS, MAX_SCALARS
+)  # int32 of shared memory that a kernel lends to `append` and `reduce`
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def sampled_load(ref, begin, span, size: int, *, interpreted: bool):
+    """Reads groups of eight neighbours, spread evenly over a part of a 1-D reference.
+
+    Group g begins at `begin` + g * `span` / (size / 8), rounded down to a multiple of eight after `begin`.
+
+    Args:
+      ref: [S] in global memory; begin + span + 8 <= S.
+      begin, span: int32 scalars, at least 0.
+      size: elements to read; a power of two of at least 128.
+
+    Returns:
+      [size], laid out as WG_STRIDED of vectors of one.
+    """
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=1)
+    shift = (size // GROUP).bit_length() - 1
+    if interpreted:
+        place = lax.iota(jnp.int32, size)
+        # Two halves of the span, as there may be no 64-bit integers here: (g * span) >> shift without overflow.
+        group, low = lax.div(place, GROUP), span & ((1 << shift) - 1)
+        at = group * (span >> shift) + ((group * low) >> shift)
+        return ref[...][begin + (at & -GROUP) + lax.rem(place, GROUP)]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((size,), ref.dtype, layout=layout),
+    )
+    def load(ctx, ref, begin, span):
+        del ctx
+        begin, span = begin.registers.item(), span.registers.item()
+        lane = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+        element = ir.MemRefType(ref.type).element_type
+        pointer = mgpu.utils.memref_ptr(ref)
+        vector = ir.VectorType.get((1,), element)
+        group, inside = arith.shrui(lane, _c(3)), arith.andi(lane, _c(GROUP - 1))
+        whole, low = arith.shrui(span, _c(shift)), arith.andi(span, _c((1 << shift) - 1))
+        registers = []
+        for step in range(size // _LANES):
+            index = arith.addi(group, _c(step * (_LANES // GROUP)))
+            place = arith.addi(
+                arith.muli(index, whole), arith.shrui(arith.muli(index, low), _c(shift))
+            )
+            place = arith.addi(begin, arith.addi(arith.andi(place, _c(-GROUP)), inside))
+            at = mgpu.utils.getelementptr(pointer, [place], element)
+            registers.append(llvm.load(vector, at))
+        return mgpu.FragmentedArray(
+            _registers=np.array(registers, object), _layout=layout.to_mgpu(), _is_signed=None
+        )
+
+    return load(ref, begin, span)
+
+
+def append(hit, payloads: Sequence, lists: Sequence, base, scratch, *, layout, interpreted: bool):
+    """Writes the elements of vectors where `hit` to the ends of lists, in the order of the vectors.
+
+    Every lane has passed a barrier when this returns, so that lists in shared memory may be read.
+
+    Args:
+      hit: bool [n].
+      payloads: 32-bit vectors [n].
+      lists: as many 1-D references, in shared or global memory, all of one length; what does not fit is dropped.
+      base: int32 scalar, elements that the lists hold already.
+      scratch: int32 [SCRATCH] in shared memory.
+      layout: of the vectors, WG_STRIDED with at most `MAX_VECTORS` register vectors a lane.
+
+    Returns:
+      int32 scalar, base plus the number of hits, whether they fitted or not.
+    """
+    capacity = lists[0].shape[0]
+    if interpreted:
+        rank = jnp.cumsum(hit.astype(jnp.int32)) - 1
+        slot = jnp.where(hit & (base + rank < capacity), base + rank, capacity)
+        for payload, target in zip(payloads, lists, strict=True):
+            target[...] = target[...].at[slot].set(payload, mode="drop")
+        return base + jnp.sum(hit.astype(jnp.int32))
+    count = len(payloads)
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            layout,
+            *[layout] * count,
+            *[plgpu.RefType()] * count,
+            _SCALAR,
+            plgpu.RefType(),
+        ),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
+    )
+    def pack(ctx, hit, *rest):
+        del ctx
+        base, scratch = rest[-2].registers.item(), rest[-1]
+        total = _pack(hit, rest[:count], rest[count : 2 * count], base, scratch, capacity)
+        return mgpu.FragmentedArray.splat(arith.addi(base, total), (), is_signed=True)
+
+    return pack(hit, *payloads, *lists, base, scratch)
+
+
+def reduce(vectors: Sequence, scratch, *, layout, kind: str, interpreted: bool):
+    """Returns the sum, or the largest element, of each of up to `MAX_SCALARS` int32 vectors, in one exchange between warps.
+
+    Args:
+      vectors: int32 [n] each.
+      scratch: int32 [SCRATCH] in shared memory.
+      layout: of the vectors, WG_STRIDED.
+      kind: "add" or "max".
+    """
+    if interpreted:
+        return [{"add": jnp.sum, "max": jnp.max}[kind](vector) for vector in vectors]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[layout] * len(vectors), plgpu.RefType()),
+        return_type=tuple(plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR) for _ in vectors),
+    )
+    def fold(ctx, *args):
+        del ctx
+        return tuple(
+            mgpu.FragmentedArray.splat(value, (), is_signed=True)
+            for value in _reduce(args[:-1], args[-1], kind)
+        )
+
+    return list(fold(*vectors, scratch))
+
+
+def _reduce(vectors, scratch, kind):
+    """Emits the body of `reduce`."""
+    combine, warp_kind = {
+        "add": (arith.addi, nvvm.ReductionKind.ADD),
+        "max": (arith.maxsi, nvvm.ReductionKind.MAX),
+    }[kind]
+    thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+    lane, warp = arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(5))
+    first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, _c(0))
+    i32 = ir.IntegerType.get_signless(32)
+    for v, vector in enumerate(vectors):
+        whole = functools.reduce(combine, vector.registers.flat)
+        parts = [_extract(whole, j) for j in range(vector.layout.vec_size)]
+        value = mgpu.utils.redux(functools.reduce(combine, parts), _c(_EVERY_LANE), warp_kind)
+        _store(scratch, arith.addi(warp, _c(_WARPS * v)), value, first_lane)
+    mgpu.utils.warpgroup_barrier()
+    quad = ir.VectorType.get((_WARPS,), i32)
+    base = mgpu.utils.memref_ptr(scratch)
+    found = []
+    for v in range(len(vectors)):
+        at = mgpu.utils.getelementptr(base, [_c(_WARPS * v)], i32)
+        of_warps = llvm.load(quad, at, alignment=4 * _WARPS)
+        found.append(functools.reduce(combine, [_extract(of_warps, w) for w in range(_WARPS)]))
+    mgpu.utils.warpgroup_barrier()
+    return found
+
+
+def _pack(hit, payloads, lists, base, scratch, capacity):
+    """Emits the body of `append`; returns the number of hits."""
+    i32 = ir.IntegerType.get_signless(32)
+    vectors, width = hit.registers.size, hit.layout.vec_size
+    thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+    lane, warp = arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(5))
+    below = arith.subi(arith.shli(_c(1), lane), _c(1))  # bits of the warp's lower lanes
+    first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, _c(0))
+
+    # How many hits of each register vector lie in this warp, and how many of those in lower lanes.
+    flags, befores, totals = [], [], []
+    for v in range(vectors):
+        of_lane = [_extract(hit.registers.flat[v], j) for j in range(width)]
+        votes = [_ballot(flag) for flag in of_lane]
+        flags.append(of_lane)
+        befores.append(
+            functools.reduce(
+                arith.addi, [math_dialect.ctpop(arith.andi(vote, below)) for vote in votes]
+            )
+        )
+        totals.append(functools.reduce(arith.addi, [math_dialect.ctpop(vote) for vote in votes]))
+        slot = arith.addi(warp, _c(_WARPS * v))
+        _store(scratch, slot, totals[v], first_lane)
+    mgpu.utils.warpgroup_barrier()
+
+    # Vectors follow each other, and within a vector the warps: a sum over both, one a lane, says where each begins.
+    own = _load(scratch, lane)
+    if _WARPS * vectors < _WARP:
+        inside = arith.cmpi(arith.CmpIPredicate.ult, lane, _c(_WARPS * vectors))
+        own = arith.select(inside, own, _c(0))
+    running = own
+    for distance in (1, 2, 4, 8, 16):
+        lower = nvvm.shfl_sync(
+            _c(_EVERY_LANE), running, _c(distance), _c(0), nvvm.ShflKind.up, results=[i32]
+        )
+        has_lower = arith.cmpi(arith.CmpIPredicate.uge, lane, _c(distance))
+        running = arith.addi(running, arith.select(has_lower, lower, _c(0)))
+    begin = arith.addi(base, arith.subi(running, own))
+    pick = lambda value, source: nvvm.shfl_sync(
+        _c(_EVERY_LANE), value, source, _c(31), nvvm.ShflKind.idx, results=[i32]
+    )
+    for v in range(vectors):
+        start = pick(begin, arith.addi(warp, _c(_WARPS * v)))
+        some = arith.cmpi(arith.CmpIPredicate.ne, totals[v], _c(0))
+        branch = scf.IfOp(some)
+        with ir.InsertionPoint(branch.then_block):
+            slot = arith.addi(start, befores[v])
+            for j in range(width):
+                fits = arith.cmpi(arith.CmpIPredicate.ult, slot, _c(capacity))
+                wanted = arith.andi(flags[v][j], fits)
+                for payload, target in zip(payloads, lists, strict=True):
+                    _store(target, slot, _extract(payload.registers.flat[v], j), wanted)
+                if j + 1 < width:
+                    slot = arith.addi(slot, arith.extui(i32, flags[v][j]))
+            scf.yield_([])
+    total = pick(running, _c(_WARP - 1))
+    mgpu.utils.warpgroup_barrier()
+    return total
+
+
+def check_table(op: str, name: str, array) -> None:
+    """Refuses a cache [B, S, K, size] whose places in one sequence do not fit int32.
+
+    Raises:
+      NotImplementedError: names the argument, the got and the wanted.
+    """
+    elements = array.shape[1] * array.shape[2] * array.shape[3]
+    if elements >= 2**31:
+        raise NotImplementedError(
+            f"{op} got {name} with {elements} elements a sequence, wanted fewer than 2**31"
+        )
+
+
+def row_vector(dtype) -> int:
+    """Elements of a row that a lane reads together: 16 bytes."""
+    return 16 // jnp.dtype(dtype).itemsize
+
+
+def rows_at_once(width: int, dtype) -> int:
+    """How many rows of `width` elements a warpgroup reads together; lanes past a row's end repeat its last elements."""
+    lanes_per_row = 1 << (max(width // row_vector(dtype), 1) - 1).bit_length()
+    return max(_LANES // lanes_per_row, 1)
+
+
+def add_rows(accs: Sequence, table, places, weights, size: int, *, interpreted: bool) -> list:
+    """Adds weights[a, i] * table[places[i]] for i < size to each acc a; rows of weight 0 are read, but not added, whatever they hold.
+
+    Args:
+      accs: float32 [rows_at_once * lanes_per_row * row_vector] each, WG_STRIDED of vectors of `row_vector`: `rows_at_once`
+        partial sums, one after the other, to be added up at the end.
+      table: [S, width] in global memory, width a multiple of `row_vector`, rows contiguous and aligned to 16 bytes.
+      places: int32 [>= size] in shared memory, all of them inside the table.
+      weights: float32 [accs, size] in shared memory.
+      size: a multiple of `rows_at_once`.
+    """
+    width, dtype = table.shape[1], table.dtype
+    vector, together = row_vector(dtype), rows_at_once(width, dtype)
+    if interpreted:
+        rows = table[...][places[...][:size]].astype(jnp.float32)
+        beyond = ((0, 0), (0, accs[0].size // together - width))
+        results = []
+        for index, acc in enumerate(accs):
+            weight = weights[index, ...][:, None]
+            terms = jnp.where(weight != 0, weight * rows, 0).reshape(-1, together, width)
+            partial = acc.reshape(together, -1)
+            # In the order of the kernel: each partial sum takes its rows one after the other.
+            for step in range(terms.shape[0]):
+                partial += jnp.pad(lax.index_in_dim(terms, step, keepdims=False), beyond)
+            results.append(partial.reshape(acc.shape))
+        return results
+    layout = plgpu.Layout.WG_STRIDED(accs[0].shape, vec_size=vector)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[layout] * len(accs), *[plgpu.RefType()] * 3),
+        return_type=tuple(
+            plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=layout) for acc in accs
+        ),
+    )
+    def add(ctx, *args):
+        del ctx
+        *accs, table, places, weights = args
+        f32 = ir.F32Type.get()
+        sums = [[_extract(acc.registers.item(), j) for j in range(vector)] for acc in accs]
+        for rows in _read_rows(table, places, size, together, vector):
+            for index, register in rows:
+                row = _floats(register, vector)
+                for a, total in enumerate(sums):
+                    weight = _load(weights, arith.addi(index, _c(a * size)))
+                    # Unordered: a weight of NaN does count.
+                    counts = arith.cmpf(arith.CmpFPredicate.UNE, weight, mgpu.c(0.0, f32))
+                    for j in range(vector):
+                        term = arith.addf(total[j], arith.mulf(weight, row[j]))
+                        total[j] = arith.select(counts, term, total[j])
+        results = []
+        for total in sums:
+            register = llvm.mlir_undef(ir.VectorType.get((vector,), f32))
+            for j in range(vector):
+                register = llvm.insertelement(register, total[j], _c(j))
+            results.append(
+                mgpu.FragmentedArray(
+                    _registers=np.array([register], object),
+                    _layout=layout.to_mgpu(),
+                    _is_signed=None,
+                )
+            )
+        return tuple(results)
+
+    return list(add(*accs, table, places, weights))
+
+
+def folded_size(width: int, dtype) -> int:
+    """Size of what `fold_rows` returns: a row, and lanes past its end."""
+    return max(_LANES * row_vector(dtype) // rows_at_once(width, dtype), _LANES)
+
+
+def fold_room(dtype) -> int:
+    """Float32 of shared memory that `fold_rows` needs."""
+    return _LANES * row_vector(dtype) + _LANES
+
+
+def fold_rows(acc, scratch, width: int, dtype):
+    """Adds up the partial sums of `add_rows`, in order; past `width` the result holds anything."""
+    size, together = acc.size, rows_at_once(width, dtype)
+    row, wide = size // together, folded_size(width, dtype)
+    scratch[pl.ds(0, size)] = acc
+    layout = plgpu.Layout.WG_STRIDED((wide,), vec_size=1)
+    parts = [
+        plgpu.load(scratch.at[pl.ds(index * row, wide)], layout=layout) for index in range(together)
+    ]
+    return functools.reduce(lambda a, b: a + b, parts)
+
+
+def dot_rows(queries, table, places, scores, size: int, *, interpreted: bool) -> None:
+    """Writes scores[a, i] = <queries[a, :width], table[places[i]]> for i < size, summed in float32.
+
+    Every lane has passed a barrier when this returns.
+
+    Args:
+      queries: float32 [A, >= width] in shared memory.
+      table, places, size: as for `add_rows`; width at most 32 * `row_vector`.
+      scores: float32 [A, size] in shared memory.
+    """
+    width, dtype = table.shape[1], table.dtype
+    vector, together = row_vector(dtype), rows_at_once(width, dtype)
+    if interpreted:
+        rows = table[...][places[...][:size]].astype(jnp.float32)
+        query = lax.slice_in_dim(queries[...], 0, width, axis=1)
+        scores[...] = lax.dot_general(
+            query, rows, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+        )
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4)
+    def dot(ctx, queries, table, places, scores):
+        del ctx
+        f32 = ir.F32Type.get()
+        count, pitch = ir.MemRefType(queries.type).shape
+        lanes_per_row = _LANES // together
+        lane = arith.andi(mgpu.utils.thread_idx(), _c(lanes_per_row - 1))
+        column = arith.muli(lane, _c(vector))
+        inside = arith.cmpi(arith.CmpIPredicate.ult, column, _c(width))
+        column = arith.minsi(column, _c(width - vector))
+        first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, _c(0))
+        words = ir.VectorType.get((vector,), f32)
+        base = mgpu.utils.memref_ptr(queries)
+        for rows in _read_rows(table, places, size, together, vector):
+            for a in range(count):
+                at = mgpu.utils.getelementptr(base, [arith.addi(column, _c(a * pitch))], f32)
+                query = llvm.load(words, at, alignment=16)
+                query = [_extract(query, j) for j in range(vector)]
+                # Lanes past the row's end repeat its last elements.
+                query = [arith.select(inside, x, mgpu.c(0.0, f32)) for x in query]
+                for index, register in rows:
+                    row = _floats(register, vector)
+                    total = arith.mulf(query[0], row[0])
+                    for j in range(1, vector):
+                        total = arith.addf(total, arith.mulf(query[j], row[j]))
+                    distance = lanes_per_row // 2
+                    while distance:
+                        total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
+                        distance //= 2
+                    _store(scores, arith.addi(index, _c(a * size)), total, first_lane)
+        mgpu.utils.warpgroup_barrier()
+
+    dot(queries, table, places, scores)
+
+
+def _read_rows(table, places, size: int, together: int, vector: int):
+    """Emits the reads of some rows at a time; yields, of the rows of this lane, (index, register) pairs."""
+    kind = ir.MemRefType(table.type)
+    element, width = kind.element_type, kind.shape[1]
+    (row_stride, _), _ = kind.get_strides_and_offset()
+    lanes_per_row = _LANES // together
+    thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+    first = arith.shrui(thread, _c(lanes_per_row.bit_length() - 1))
+    column = arith.muli(arith.andi(thread, _c(lanes_per_row - 1)), _c(vector))
+    column = arith.minsi(column, _c(width - vector))
+    base = mgpu.utils.memref_ptr(table)
+    words = ir.VectorType.get((vector,), element)
+    steps = size // together
+    for begin in range(0, steps, _ROWS_IN_FLIGHT):
+        rows = []
+        for step in range(begin, min(begin + _ROWS_IN_FLIGHT, steps)):
+            index = arith.addi(first, _c(step * together))
+            at = arith.addi(arith.muli(_load(places, index), _c(row_stride)), column)
+            pointer = mgpu.utils.getelementptr(base, [at], element)
+            rows.append((index, llvm.load(words, pointer, alignment=16)))
+        yield rows
+
+
+def _floats(register, vector: int):
+    """The elements of a register vector as float32."""
+    f32 = ir.F32Type.get()
+    parts = [_extract(register, j) for j in range(vector)]
+    return parts if parts[0].type == f32 else [arith.extf(f32, part) for part in parts]
+
+
+def store_columns(acc, ref, begin, columns: int, *, interpreted: bool):
+    """Stores the first columns of a matrix as rows: ref[j, begin + i] = acc[i, j], 32 bytes of neighbours at a time.
+
+    Args:
+      acc: float32 [rows, >= columns] in `plgpu.Layout.WGMMA`.
+      ref: [columns, S] in global memory.
+      begin: int32 scalar.
+    """
+    if interpreted:
+        ref[:, pl.ds(begin, acc.shape[0])] = lax.slice_in_dim(acc, 0, columns, axis=1).T
+        return
+    shape = acc.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), _SCALAR))
+    def store(ctx, acc, ref, begin):
+        del ctx
+        begin = begin.registers.item()
+        base = mgpu.utils.memref_ptr(ref)
+        (row_stride, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+        thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+        lane, warp = arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(5))
+        # A warp holds 16 rows of each 64; four lanes share a row, two neighbours each, and then come rows 8 further.
+        row = arith.addi(arith.muli(warp, _c(16)), arith.shrui(lane, _c(2)))
+        column = arith.muli(arith.andi(lane, _c(3)), _c(2))
+        flat = acc.registers.reshape(shape[0] // 64, shape[1] // 8, 2)
+        for block, tile, half in np.ndindex(flat.shape):
+            for j in range(2):
+                at_column = arith.addi(column, _c(8 * tile + j))
+                wanted = arith.cmpi(arith.CmpIPredicate.ult, at_column, _c(columns))
+                place = arith.addi(begin, arith.addi(row, _c(64 * block + 8 * half)))
+                offset = arith.addi(arith.muli(at_column, _c(row_stride)), place)
+                at = mgpu.utils.getelementptr(base, [offset], ir.F32Type.get())
+                value = _extract(flat[block, tile, half], j)
+                mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", at, value, predicate=wanted)
+
+    store(acc, ref, begin)
+
+
+def _c(value: int):
+    return mgpu.c(value if value < 2**31 else value - 2**32, ir.IntegerType.get_signless(32))
+
+
+def _extract(register, index: int):
+    return llvm.extractelement(register, _c(index))
+
+
+def _ballot(flag):
+    return nvvm.vote_sync(_c(_EVERY_LANE), flag, nvvm.VoteSyncKind.ballot)
+
+
+def _load(ref, place):
+    element = ir.MemRefType(ref.type).element_type
+    return llvm.load(
+        element, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], element)
+    )
+
+
+def _store(ref, place, value, wanted):
+    """Stores one element, in the lanes where `wanted`, without a branch."""
+    at = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], value.type)
+    space = "shared" if mgpu.utils.is_smem_ref(ref) else "global"
+    mgpu.utils.inline_ptx(f"st.{space}.b32 [$0], $1;", at, value, predicate=wanted)
