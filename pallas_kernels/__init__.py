@@ -13,6 +13,9 @@ from pallas_kernels.ops.gather_attention.api import (
     GatherAttentionResiduals as GatherAttentionResiduals,
 )
 from pallas_kernels.ops.gather_attention.api import gather_attention as gather_attention
+from pallas_kernels.ops.knn_attention.api import knn_indices as knn_indices
+from pallas_kernels.ops.lightning_indexer.api import indexer_scores as indexer_scores
+from pallas_kernels.ops.lightning_indexer.api import indexer_select as indexer_select
 from pallas_kernels.ops.topk_attention.api import TopKAttentionResiduals as TopKAttentionResiduals
 from pallas_kernels.ops.topk_attention.api import topk_attention as topk_attention
 from pallas_kernels.ops.topk_decode_attention.api import TopKDecodeResiduals as TopKDecodeResiduals

@@ -41,6 +41,24 @@ def draw_attention(rng, d):
     )
 
 
+def draw_indexer(rng, d):
+    return (
+        integers(rng, d["B"], d["T"], d["I"], d["D"]),
+        integers(rng, d["B"], d["S"], d["D"]),
+        integers(rng, d["B"], d["T"], d["I"]),
+    )
+
+
+def draw_positions(rng, d):
+    return integers(rng, d["B"], d["T"], d["P"]), integers(rng, d["B"], d["S"], d["P"])
+
+
+def valid_keys(rng, d):
+    valid = rng.random((d["B"], d["S"])) < 0.5
+    valid[0] = False
+    return {"key_valid": jnp.asarray(valid)}
+
+
 def ragged(rng, d):
     lengths = rng.integers(1, d["S"] + 1, d["B"]).astype(np.int32)
     lengths[0] = 0
@@ -77,6 +95,9 @@ HURRY = {"xla_backend_optimization_level": 0}
 SELECT = dict(R=5, S=200)
 DECODE = dict(B=2, S=200, N=4, K=2, H=16, V=16)
 ATTEND = dict(B=2, T=13, S=13, N=4, K=2, H=16, V=8)
+INDEX = dict(B=2, T=13, S=140, I=3, D=8)
+INDEX_DECODE = dict(B=3, T=1, S=140, I=9, D=8)
+PLACES = dict(B=2, T=13, S=140, P=3)
 CHUNKS = dict(block_sizes=TopKAttentionBlockSizes(block_q=8))
 GATHER_CHUNKS = dict(block_sizes=GatherAttentionBlockSizes(block_q=8, block_q_backward=8))
 
@@ -175,9 +196,57 @@ CASES = {
                 arrays=lambda rng, d: ragged(rng, d) | lists(None, 7)(rng, d),
             ),
         },
-        implementations=("xla",),
+        implementations=("xla", "mosaic_gpu"),
         outputs=lambda r: {"out": r[0], "lse": r[1].lse},
         differentiable=True,
+    ),
+    "indexer_scores": OpCase(
+        op=pk.indexer_scores,
+        inputs=draw_indexer,
+        variants={
+            "causal": Variant(shapes=INDEX),
+            "rows before the keys": Variant(shapes=INDEX | dict(S=9), arrays=ragged),
+            "decode, ragged": Variant(shapes=INDEX_DECODE, arrays=ragged),
+        },
+        implementations=("xla", "mosaic_tpu", "mosaic_gpu"),
+        outputs=lambda scores: {"out": scores},
+        refused={
+            "mosaic_tpu": frozenset({"float16"}),
+            "mosaic_gpu": frozenset({"float32"}),
+        },
+    ),
+    "indexer_select": OpCase(
+        op=pk.indexer_select,
+        inputs=draw_indexer,
+        variants={
+            "causal": Variant(shapes=INDEX, options=dict(topk=7)),
+            "ragged, all and more": Variant(
+                shapes=INDEX, options=dict(topk=150, causal=False), arrays=ragged
+            ),
+            "decode, ragged": Variant(shapes=INDEX_DECODE, options=dict(topk=7), arrays=ragged),
+            "budgets": Variant(
+                shapes=INDEX, options=dict(with_indices=False), arrays=budgets_of_rows
+            ),
+        },
+        implementations=("xla", "mosaic_tpu", "mosaic_gpu"),
+        outputs=lambda selection: {"selection": selection},
+        refused={
+            "mosaic_tpu": frozenset({"float16"}),
+            "mosaic_gpu": frozenset({"float32"}),
+        },
+    ),
+    "knn_indices": OpCase(
+        op=pk.knn_indices,
+        inputs=draw_positions,
+        variants={
+            "ties": Variant(shapes=PLACES, options=dict(neighbours=7)),
+            "padding": Variant(
+                shapes=PLACES | dict(T=3), options=dict(neighbours=90), arrays=valid_keys
+            ),
+        },
+        implementations=("xla", "mosaic_tpu", "mosaic_gpu"),
+        outputs=lambda indices: {"indices": indices},
+        dtypes=("float32", "float16"),
     ),
 }
 
@@ -267,7 +336,7 @@ def judge(got, oracle, naive, dtype):
     for name, value in outputs.items():
         if name == "selection":
             testing.assert_same_selection(value, oracle[0][name])
-        elif name in ("threshold", "tie_cut"):
+        elif name in ("threshold", "tie_cut", "indices"):
             np.testing.assert_array_equal(value, oracle[0][name], err_msg=name)
         elif name == "lse":
             testing.assert_accurate(value, oracle[0][name], name=name)

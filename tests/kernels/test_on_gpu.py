@@ -265,3 +265,97 @@ def test_decode_takes_a_budget_a_sequence():
         residuals.selection.tie_cut,
     )
     np.testing.assert_array_equal(kept.sum(-1), np.minimum(np.asarray(topk), 3000).repeat(8, 1))
+
+
+GATHER_SHAPES = {
+    # batch, rows, keys, query heads, key/value heads, head size, value size, scopes, slots
+    "8x1x131072-32-of-8x128": (8, 1, 131072, 32, 8, 128, 128, 8, 2048),
+    "2x8x4096-32-of-8x128-one-list": (2, 8, 4096, 32, 8, 128, 128, 1, 512),
+    "1x3x1000-9-of-3x64-a-list-a-head": (1, 3, 1000, 9, 3, 64, 64, 9, 300),
+    "2x2x777-16-of-1x80": (2, 2, 777, 16, 1, 80, 48, 1, 100),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"]
+)
+@pytest.mark.parametrize("shape", GATHER_SHAPES.values(), ids=GATHER_SHAPES.keys())
+def test_gather_adds_no_error_of_its_own(shape, dtype):
+    b, t, s, n, k, h, v_size, scopes, slots = shape
+    rngs = jax.random.split(jax.random.key(s + slots), 4)
+    query, key, value = (
+        jax.random.normal(r, x, dtype)
+        for r, x in zip(rngs[:3], ((b, t, n, h), (b, s, k, h), (b, s, k, v_size)), strict=True)
+    )
+    indices = jax.random.randint(rngs[3], (b, t, scopes, slots), -s // 8, s)
+    indices = indices.at[0, 0, 0].set(-1)
+    # Key 0 is listed by nobody, and masked slots must not read it.
+    indices = jnp.where(indices == 0, 1, jnp.maximum(indices, -1))
+    gather = lambda *arrays, implementation: call(
+        pallas_kernels.gather_attention,
+        *arrays,
+        indices,
+        implementation=implementation,
+        return_residuals=True,
+    )
+    poisoned = [query, key.at[:, 0].set(jnp.nan), value.at[:, 0].set(jnp.nan)]
+    out, residuals = gather(*poisoned, implementation="mosaic_gpu")
+    assert_same_bits(gather(*poisoned, implementation="mosaic_gpu"), (out, residuals))
+    wide = [x.astype(jnp.float32) for x in (query, key, value)]
+    oracle, wanted = gather(*wide, implementation="xla")
+    np.testing.assert_allclose(residuals.lse, wanted.lse, rtol=2e-5, atol=2e-5)
+    error = lambda x: np.asarray(x, np.float32) - np.asarray(oracle)
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+    if dtype == jnp.float32:
+        assert np.abs(error(out)).max() <= 2e-5 * np.abs(oracle).max()
+        return
+    plain, _ = gather(query, key, value, implementation="xla")
+    ulp = float(jnp.finfo(dtype).eps) * float(np.abs(oracle).max())
+    assert rms(error(out)) <= 1.5 * max(rms(error(plain)), ulp / 4)
+    assert np.abs(error(out)).max() <= max(2 * np.abs(error(plain)).max(), ulp)
+
+
+INDEXER_SHAPES = {
+    # batch, rows, keys, heads, head size, causal
+    "decode-8x131072-64x128": (8, 1, 131072, 64, 128, False),
+    "prefill-2x700-64x128": (2, 700, 700, 64, 128, True),
+    "rows-before-the-keys-5x32": (3, 130, 77, 5, 32, True),
+    "four-rows-3000-16x64": (2, 4, 3000, 16, 64, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", INDEXER_SHAPES.values(), ids=INDEXER_SHAPES.keys())
+def test_the_indexer_equals_the_reference_on_whole_numbers(shape, dtype):
+    b, t, s, i, d, causal = shape
+    rngs = jax.random.split(jax.random.key(s + i), 3)
+    query, key, weights = (
+        jax.random.randint(r, x, -2, 3)
+        for r, x in zip(rngs, ((b, t, i, d), (b, s, d), (b, t, i)), strict=True)
+    )
+    arrays = query.astype(dtype), key.astype(dtype), weights.astype(jnp.float32)
+    lengths = jnp.asarray(np.resize([s, s // 2 + 1, 0], b), jnp.int32)
+    arguments = {"causal": causal, "lengths": lengths}
+    for op, more in (
+        (pallas_kernels.indexer_scores, {}),
+        (pallas_kernels.indexer_select, {"topk": max(1, s // 20)}),
+    ):
+        got = call(op, *arrays, implementation="mosaic_gpu", **arguments, **more)
+        assert_same_bits(got, call(op, *arrays, implementation="xla", **arguments, **more))
+
+
+def test_nearest_neighbours_equal_the_reference():
+    rngs = jax.random.split(jax.random.key(3), 3)
+    query = jax.random.randint(rngs[0], (4, 300, 2), -40, 41).astype(jnp.float32)
+    key = jax.random.randint(rngs[1], (4, 1700, 2), -40, 41).astype(jnp.float32)
+    valid = jax.random.bernoulli(rngs[2], 0.7, (4, 1700)).at[3].set(False)
+    for neighbours in (1, 16, 2000):
+        nearest = lambda implementation, neighbours=neighbours: call(
+            pallas_kernels.knn_indices,
+            query,
+            key,
+            neighbours=neighbours,
+            key_valid=valid,
+            implementation=implementation,
+        )
+        assert_same_bits(nearest("mosaic_gpu"), nearest("reference"))

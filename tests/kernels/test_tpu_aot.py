@@ -99,3 +99,65 @@ def test_the_estimated_cost_reaches_the_compiler():
     cost = compiled.cost_analysis()
     assert cost["flops"] >= 8 * 8192 * 64
     assert cost["bytes accessed"] >= 8 * 8192 * 4
+
+
+# B, T, S, I, D, dtype, topk.
+INDEXERS = {
+    "decode 128k": (8, 1, 131072, 64, 128, BF16, 2048),
+    "decode 128k, narrow heads": (8, 1, 131072, 8, 64, BF16, 2048),
+    "prefill 32k": (1, 32768, 32768, 64, 128, BF16, 2048),
+    "128k keys": (1, 1024, 131072, 64, 128, BF16, 2048),
+    "uneven f32": (5, 3, 1001, 9, 64, F32, 64),
+    "uneven bf16": (2, 37, 1001, 2, 32, BF16, 2000),
+}
+
+
+def compile_indexer(op, b, t, s, i, d, dtype, *, chip, **kwargs):
+    run = lambda query, key, weights, lengths: op(
+        query, key, weights, lengths=lengths, implementation="mosaic_tpu", **kwargs
+    )
+    shapes = ((b, t, i, d), dtype), ((b, s, d), dtype), ((b, t, i), F32), ((b,), jnp.int32)
+    return aot.compile_tpu(run, *(spec(*shape) for shape in shapes), chip=chip)
+
+
+@every_chip
+@pytest.mark.parametrize("case", INDEXERS)
+def test_indexer_select_compiles_and_makes_no_scores(case, chip):
+    *shape, topk = INDEXERS[case]
+    compiled = compile_indexer(pk.indexer_select, *shape, chip=chip, topk=topk)
+    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", compiled.as_text())) == 1
+    rows = shape[0] * shape[1]
+    # Two or three numbers a row, filled up to whole lanes; the largest case's scores would be 4 GiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < SMALL + 64 * rows
+
+
+@every_chip
+@pytest.mark.parametrize("rows", [1, 512], ids=["decode", "prefill"])
+def test_indexer_scores_compiles(rows, chip):
+    shape = 2, rows, 32768, 64, 128, BF16
+    compiled = compile_indexer(pk.indexer_scores, *shape, chip=chip)
+    assert compiled.memory_analysis().temp_size_in_bytes < SMALL
+
+
+@every_chip
+@pytest.mark.parametrize(
+    ("b", "t", "s"),
+    [(4, 1165, 1165), (4, 1, 1165), (1, 1024, 131072)],
+    ids=["scene", "one", "128k"],
+)
+def test_knn_indices_compiles(b, t, s, chip):
+    find = lambda query, key, valid: pk.knn_indices(
+        query, key, neighbours=16, key_valid=valid, implementation="mosaic_tpu"
+    )
+    arrays = spec((b, t, 3), F32), spec((b, s, 3), F32), spec((b, s), jnp.bool_)
+    compiled = aot.compile_tpu(find, *arrays, chip=chip)
+    # Positions are turned to [P, S]; distances of the scene would be 22 MiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * SMALL
+
+
+@pytest.mark.parametrize("chip", ["v5p", "tpu7x"])
+def test_indexer_select_compiles_near_the_largest_size_that_it_accepts(chip):
+    shape = 64, 128, BF16
+    assert compile_indexer(pk.indexer_select, 1, 8, 1 << 20, *shape, chip=chip, topk=2048)
+    with pytest.raises(NotImplementedError, match=f"8 rows of S={1 << 21}, which needs"):
+        compile_indexer(pk.indexer_select, 1, 8, 1 << 21, *shape, chip=chip, topk=2048)

@@ -1,0 +1,1 @@
+"""Keys chosen by where they are: the nearest in space."""
