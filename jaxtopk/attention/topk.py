@@ -10,6 +10,7 @@ import pallas_kernels
 from jaxtopk.attention.base import AttentionStrategy
 from jaxtopk.attention.full import FullAttention
 from pallas_kernels import Implementation, budget_from_ratio
+from pallas_kernels.core.selection import row_budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,16 @@ class TopKAttention(AttentionStrategy):
             implementation=self.implementation,
         )
         return cast(jax.Array, out)  # a pair only with residuals
+
+    def budget(self, visible, *, sparse_rows=None):
+        """Returns how many of its visible keys each row of whole sequences keeps, int32 [B, T] from int32 [B, T]."""
+        return row_budget(
+            visible,
+            self._per_row(self.topk, visible.shape[0]),
+            cast("float | None", self.topk_ratio),  # `attend` refuses a tuple
+            self.min_topk,
+            None if sparse_rows is None else ~sparse_rows,
+        )
 
     def decode(self, query, key, value, *, lengths, scale=None, window=None):
         """See `AttentionStrategy.decode`."""

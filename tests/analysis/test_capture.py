@@ -1,4 +1,4 @@
-"""The mass and the counts that decode rows report, against the softmax written out."""
+"""The mass, the entropy and the counts that decode rows report, against the softmax written out."""
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ def test_mass_is_the_share_of_the_softmax_on_the_best_keys(arrays, topk, window)
             assert seen.mass[b, n] == pytest.approx(p[-topk:].sum(), abs=1e-6)
             assert seen.attended[b, n] == min(topk, length - first)
             assert seen.visible[b, n] == length - first
+            entropy = -(p * np.log(p)).sum() if length else 0
+            assert seen.entropy[b, n] == pytest.approx(entropy, abs=1e-6)
 
 
 def test_full_attention_keeps_everything(arrays):
@@ -53,6 +55,10 @@ def test_full_attention_keeps_everything(arrays):
     np.testing.assert_array_equal(out, FullAttention().decode(**arrays, lengths=lengths))
     np.testing.assert_array_equal(seen.mass[:, 0], [0, 1, 1, 1])
     np.testing.assert_array_equal(seen.attended, seen.visible)
+    sparse = attend_with_statistics(TopKAttention(topk=3), **arrays, lengths=lengths, window=None)[
+        1
+    ]
+    np.testing.assert_allclose(seen.entropy, sparse.entropy, atol=1e-6)
 
 
 def test_a_model_reports_every_layer_and_decodes_as_without():

@@ -247,10 +247,52 @@ class DecoderLM(nnx.Module):
         def attend(strategy, window, query, key, value):
             return strategy.attend(
                 query, key, value, window=window, segment_ids=segment_ids, sparse_rows=sparse_rows
+            ), None
+
+        x, _, _ = self._sequence(
+            self.attention, attend, tokens, positions, remat=remat, keep_kv=False
+        )
+        return rms_norm(x, self.final_norm, self.config.norm_epsilon)
+
+    def hidden_captured(
+        self,
+        tokens: Int[Array, "B T"],
+        attend: Callable[..., tuple[Array, Any]],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        sparse_rows: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Does what `hidden` does, with every layer's attention done, and watched, by `attend`.
+
+        Args:
+          attend: called in each layer as attend(strategy, query [B,T,N,H], key [B,T,K,H], value [B,T,K,H], window=,
+            segment_ids=, sparse_rows=); returns what `strategy.attend` would, and a pytree of arrays, of the same shapes in
+            all layers. See `jaxtopk.analysis.analyze`.
+
+        Returns:
+          What `hidden` returns, and those pytrees stacked over layers on axis 0.
+        """
+        _check_tokens(tokens, ndim=2)
+        if positions is None:
+            positions = _positions(tokens, segment_ids)
+
+        def watched(strategy, window, query, key, value):
+            return attend(
+                strategy,
+                query,
+                key,
+                value,
+                window=window,
+                segment_ids=segment_ids,
+                sparse_rows=sparse_rows,
             )
 
-        x, _ = self._sequence(self.attention, attend, tokens, positions, remat=remat, keep_kv=False)
-        return rms_norm(x, self.final_norm, self.config.norm_epsilon)
+        x, _, captured = self._sequence(
+            self.attention, watched, tokens, positions, remat=False, keep_kv=False
+        )
+        captured = jax.tree.map(lambda *layers: jnp.concatenate(layers), *captured)
+        return rms_norm(x, self.final_norm, self.config.norm_epsilon), captured
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Returns float32 logits of the residual stream that `hidden` returned."""
@@ -279,9 +321,9 @@ class DecoderLM(nnx.Module):
             )
 
         def attend(strategy, window, query, key, value):
-            return strategy.attend(query, key, value, window=window, lengths=lengths)
+            return strategy.attend(query, key, value, window=window, lengths=lengths), None
 
-        x, kv = self._sequence(
+        x, kv, _ = self._sequence(
             self.attention.prefill_strategy(),
             attend,
             tokens,
@@ -359,41 +401,49 @@ class DecoderLM(nnx.Module):
     def _sequence(
         self,
         attention: AttentionStrategy,
-        attend: Callable[..., Array],
+        attend: Callable[..., tuple[Array, Any]],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         *,
         remat: bool,
         keep_kv: bool,
-    ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
-        """Runs whole rows through all layers; returns the residual stream and, if asked, (key, value) per layer."""
+    ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]], list[Any]]:
+        """Runs whole rows through all layers.
+
+        Returns:
+          The residual stream; if asked, (key, value) per layer; and what `attend` captured, a pytree for each run of layers,
+          which leads its arrays.
+        """
         cos, sin = rope_tables(self.config.rope, positions, self.config.head_dim)
         x = constrain(self.embed[...][tokens], _ACT_BTD)
         kv: list[tuple[Array, Array]] = []
+        captured: list[Any] = []
         for start, stop, strategy, window in self._runs(attention):
 
             def body(x, layer, strategy=strategy, window=window):
                 query, key, value = layer.project(x, cos, sin)
-                attended = attend(strategy, window, query, key, value)
+                attended, of_layer = attend(strategy, window, query, key, value)
                 x = layer.combine(x, checkpoint_name(attended, "attended"))
                 x = constrain(x, _ACT_BTD)
-                return x, (key, value) if keep_kv else None
+                return x, ((key, value) if keep_kv else None, of_layer)
 
             if remat:
                 body = jax.checkpoint(body, policy=_KEPT_IN_REMAT)
             if isinstance(self.layers, nnx.List):
                 for layer in self.layers[start:stop]:
-                    x, layer_kv = body(x, layer)
+                    x, (layer_kv, of_layer) = body(x, layer)
+                    captured.append(jax.tree.map(lambda y: y[None], of_layer))
                     if layer_kv is not None:
                         kv.append(layer_kv)
             else:
                 layers = self.layers
                 if (start, stop) != (0, self.config.num_layers):
                     layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)  # noqa: B023
-                x, run_kv = jax.lax.scan(body, x, layers)
+                x, (run_kv, of_run) = jax.lax.scan(body, x, layers)
+                captured.append(of_run)
                 if run_kv is not None:
                     kv.extend((run_kv[0][i], run_kv[1][i]) for i in range(stop - start))
-        return x, kv
+        return x, kv, captured
 
     def _runs(
         self, attention: AttentionStrategy
