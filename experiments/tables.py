@@ -9,12 +9,16 @@ Run `python -m experiments.tables` after committing new results. A page holds, f
 and everything between the two lines is replaced.
 """
 
+import functools
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+from experiments.kernel_latency import tables as kernel_latency
 from experiments.quickstart import tables as quickstart
+from experiments.topk_ratio import tables as topk_ratio
 from jaxtopk.analysis.run_folder import write_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -44,10 +48,40 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "figure": lambda: quickstart.figure_link(""),
         "tables": quickstart.tables,
     },
+    "experiments/kernel_latency/README.md": {
+        "figures": lambda: kernel_latency.figure_links(""),
+        "tables": kernel_latency.tables,
+    },
+    "experiments/topk_ratio/README.md": {
+        "figure": lambda: topk_ratio.figure_link(""),
+        "tables": topk_ratio.tables,
+    },
 }
-# Drawing: the function that draws it.
-FIGURES: Mapping[str, Callable[[], str]] = {
-    "experiments/quickstart/results/quality.svg": quickstart.figure,
+
+
+class Drawing(NamedTuple):
+    """A committed figure.
+
+    digest: fingerprint of the rows it has to be drawn from; None where there are none, and so no figure.
+    """
+
+    draw: Callable[[], str]
+    digest: Callable[[], str | None]
+
+
+# By its file.
+FIGURES: Mapping[str, Drawing] = {
+    "experiments/quickstart/results/quality.svg": Drawing(
+        quickstart.figure, lambda: quickstart.rows_digest() if quickstart.committed() else None
+    ),
+    "experiments/topk_ratio/results/ratio.svg": Drawing(topk_ratio.figure, topk_ratio.rows_digest),
+    **{
+        f"experiments/kernel_latency/results/{name}": Drawing(
+            functools.partial(kernel_latency.figure, name),
+            functools.partial(kernel_latency.rows_digest, name),
+        )
+        for name in kernel_latency.FIGURES
+    },
 }
 
 
@@ -97,9 +131,11 @@ def stale() -> list[str]:
         for path, text in pages().items()
         if path.read_text(encoding="utf-8") != text
     ]
-    for name in FIGURES if quickstart.committed() else ():
-        path = ROOT / name
-        if not path.exists() or quickstart.rows_digest() not in path.read_text(encoding="utf-8"):
+    for name, drawing in FIGURES.items():
+        path, digest = ROOT / name, drawing.digest()
+        if digest is None:
+            continue
+        if not path.exists() or digest not in path.read_text(encoding="utf-8"):
             old.append(name)
     return old
 
@@ -113,7 +149,7 @@ def main() -> None:
         sys.exit(f"tables: error: got {' '.join(sys.argv[1:])}, wanted nothing or --check")
     for name, drawing in FIGURES.items():
         if name in old:
-            write_text(ROOT / name, drawing())
+            write_text(ROOT / name, drawing.draw())
     for path, text in pages().items():
         write_text(path, text)
     print("\n".join(f"wrote {name}" for name in old) or "everything is up to date")

@@ -22,6 +22,21 @@ _COMMANDS = {
         "GenerateCommand",
         "continue prompts under full or Top-k attention",
     ),
+    "analyze": _Entry(
+        "jaxtopk.commands.analyze",
+        "AnalyzeCommand",
+        "measure attention entropy and Top-k mass, by layer, head and token",
+    ),
+    "evaluate": _Entry(
+        "jaxtopk.commands.evaluate",
+        "EvaluateCommand",
+        "score a model on long-context tasks under several attention settings",
+    ),
+    "bench": _Entry(
+        "jaxtopk.commands.bench",
+        "BenchCommand",
+        "time prompts and decoding at several contexts and attention settings",
+    ),
 }
 
 

@@ -78,7 +78,7 @@ def test_an_unknown_command_is_refused_and_the_known_ones_named(capsys):
     assert cli.main(["simulat"]) == 2
     assert (
         capsys.readouterr().err
-        == "jaxtopk: error: command: got 'simulat', wanted one of generate\n"
+        == "jaxtopk: error: command: got 'simulat', wanted one of generate, analyze, evaluate, bench\n"
     )
 
 

@@ -8,11 +8,10 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import rich.console
-import rich.progress
 import tyro
 
 from jaxtopk.commands.options import AttentionOptions, ModelOptions
+from jaxtopk.commands.progress import progress_bar
 
 if typing.TYPE_CHECKING:
     from jaxtopk.decoding.generate import Completion
@@ -72,7 +71,7 @@ class GenerateCommand:
             folder = RunFolder(self.out)
             folder.check()
         # JAX and the model code are imported here, so that --help and mistakes in the flags answer at once.
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("starting", total=None)
             from jaxtopk.decoding import loops
             from jaxtopk.decoding.sampling import SamplingConfig
@@ -210,21 +209,6 @@ class _Timing:
         if self.tokens_per_second is None:
             return text
         return f"{text}; {self.tokens_per_second:.1f} tokens/s once compiled"
-
-
-def _progress() -> rich.progress.Progress:
-    """A spinner while the total is not known, then a bar; on standard error, and only where someone looks."""
-    console = rich.console.Console(stderr=True)
-    return rich.progress.Progress(
-        rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _decode(data: bytes, name: str) -> str:

@@ -51,15 +51,9 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """What the model's rows attend to; see `jaxtopk.attention.TopKAttention`."""
+class SparseOptions:
+    """What all Top-k rows have in common, whatever they keep; see `jaxtopk.attention.TopKAttention`."""
 
-    attention: Literal["full", "topk"] | None = None
-    """The default is topk where a budget is given, else full."""
-    topk: int | None = None
-    """Keys a row keeps."""
-    topk_ratio: float | None = None
-    """Share of its visible keys that a row keeps, in (0, 1]."""
     min_topk: int | None = None
     """The least that a ratio keeps; the default is 1."""
     scope: Literal["head", "group", "layer"] | None = None
@@ -77,6 +71,30 @@ class AttentionOptions:
     )
     """reference, xla, mosaic_tpu or mosaic_gpu, or several in order of preference; the default is the device's own order."""
 
+    def given(self) -> dict[str, Any]:
+        """Returns the fields that have a value, as `TopKAttention` takes them."""
+        given: dict[str, Any] = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.name != "attention" and (value := getattr(self, field.name)) is not None
+        }
+        names = given.get("implementation")
+        if names is not None and len(names) == 1:
+            given["implementation"] = names[0]  # a single name fails fast, a sequence falls back
+        return given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions(SparseOptions):
+    """What the model's rows attend to; see `jaxtopk.attention.TopKAttention`."""
+
+    attention: Literal["full", "topk"] | None = None
+    """The default is topk where a budget is given, else full."""
+    topk: int | None = None
+    """Keys a row keeps."""
+    topk_ratio: float | None = None
+    """Share of its visible keys that a row keeps, in (0, 1]."""
+
     def build(self) -> "AttentionStrategy":
         """Returns the strategy.
 
@@ -85,11 +103,7 @@ class AttentionOptions:
         """
         from jaxtopk.attention import FullAttention, TopKAttention
 
-        given: dict[str, Any] = {
-            field.name: value
-            for field in dataclasses.fields(self)
-            if field.name != "attention" and (value := getattr(self, field.name)) is not None
-        }
+        given = self.given()
         budget = "topk" in given or "topk_ratio" in given
         if self.attention == "full" or (self.attention is None and not budget):
             if given:
@@ -97,7 +111,4 @@ class AttentionOptions:
                     f"{', '.join(given)}: got a value for full attention, wanted --topk or --topk-ratio too"
                 )
             return FullAttention()
-        names = given.get("implementation")
-        if names is not None and len(names) == 1:
-            given["implementation"] = names[0]  # a single name fails fast, a sequence falls back
         return TopKAttention(**given)

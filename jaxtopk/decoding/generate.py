@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Key
 
 from jaxtopk.data.tokenizer import Tokenizer
 from jaxtopk.decoding import loops
@@ -135,37 +136,85 @@ def complete(
     _check_context(model, encoded, max_new_tokens)
 
     prefilled = loops.prefill(model, encoded, new_tokens=max_new_tokens, cache_dtype=cache_dtype)
+    if on_text is not None:
+        columns = _SLICE_SHOWN
+    elif stops or on_progress is not None:
+        columns = _SLICE_SEARCHED
+    else:
+        columns = None
+    return continue_prefilled(
+        model,
+        tokenizer,
+        prefilled,
+        streams=random_streams(seed, encoded),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stops,
+        slice_columns=columns,
+        on_text=on_text,
+        on_progress=on_progress,
+    )
+
+
+def continue_prefilled(
+    model: DecoderLM,
+    tokenizer: Tokenizer,
+    prefilled: loops.Prefilled,
+    *,
+    streams: Key[Array, "B"],
+    max_new_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    stop: Sequence[str] = (),
+    slice_columns: int | None = _SLICE_SEARCHED,
+    room: int = 0,
+    counted: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Decodes prompts that `loops.prefill` has run, until each has ended; what `complete` does after its prefill.
+
+    Args:
+      model: its rows decode; best in the form of `DecoderLM.unstacked`. Its strategy need not be that of the prefill.
+      prefilled: its cache is consumed: see `loops.repeat_prefilled`.
+      streams: random streams of the sequences, see `random_streams`.
+      slice_columns: columns the device decodes between two looks of the host for stop strings; None: all.
+      room: as `columns` of `loops.start`.
+      counted: only so many first sequences count; the others fill the batch up, and are done from the start. None: all.
+      tokenizer, max_new_tokens, sampling, stop, on_text, on_progress: see `complete`.
+
+    Returns:
+      One completion for each sequence that counts.
+    """
+    batch, forced = prefilled.forced.shape
+    counted = batch if counted is None else counted
+    prompt_tokens = np.asarray(prefilled.cache.lengths) + np.asarray(prefilled.forced_counts)
     settings = {
-        "streams": random_streams(seed, encoded),
+        "streams": streams,
         "sampler": sampling.arrays(),
         "end_tokens": tokenizer.eos_ids,
         "max_new_tokens": max_new_tokens,
     }
-    state = loops.start(prefilled, **settings)
-    forced = prefilled.forced.shape[1]
+    state = loops.start(prefilled, **settings, columns=room)
     del prefilled  # its cache belongs to the loop now
     writers = [
-        _Writer(tokenizer, stops, functools.partial(_show, on_text, row))
-        for row in range(len(encoded))
+        _Writer(tokenizer, stop, functools.partial(_show, on_text, row)) for row in range(counted)
     ]
     if on_progress is not None:
         on_progress(0)
-    if on_text is not None:
-        columns = _SLICE_SHOWN
-    else:
-        columns = _SLICE_SEARCHED if stops or on_progress is not None else forced + max_new_tokens
+    columns = forced + max_new_tokens if slice_columns is None else slice_columns
     unstacked = model.unstacked()
     until = max(forced, 1)
     while True:
         tokens, counts = loops.drawn(state, tokenizer.eos_ids)
-        for writer, row, count in zip(writers, tokens, counts, strict=True):
+        for writer, row, count in zip(writers, tokens, counts, strict=False):
             writer.take(row[:count])
-        done = np.asarray(state.done) | [writer.stopped for writer in writers]
+        stopped = np.ones((batch,), bool)
+        stopped[:counted] = [writer.stopped for writer in writers]
         if on_progress is not None and until > forced:
             on_progress(int(np.max(np.asarray(state.drawn))))
-        if done.all():
+        if (np.asarray(state.done) | stopped).all():
             break
-        state = dataclasses.replace(state, done=jnp.asarray(done))
+        state = dataclasses.replace(state, done=state.done | jnp.asarray(stopped))
         until += columns
         state = loops.advance(unstacked, state, until=until, **settings)
 
@@ -174,10 +223,10 @@ def complete(
         Completion(
             text=writer.finish(),
             tokens=tuple(row[: writer.taken].tolist()),
-            prompt_tokens=len(prompt),
+            prompt_tokens=int(length),
             finish="stop" if writer.stopped else "end_token" if end else "length",
         )
-        for writer, row, prompt, end in zip(writers, tokens, encoded, ended, strict=True)
+        for writer, row, length, end in zip(writers, tokens, prompt_tokens, ended, strict=False)
     ]
 
 
@@ -281,4 +330,12 @@ class _Writer:
             self._shown = end
 
 
-__all__ = ["Completion", "Message", "Prompt", "complete", "encode_prompts", "generate"]
+__all__ = [
+    "Completion",
+    "Message",
+    "Prompt",
+    "complete",
+    "continue_prefilled",
+    "encode_prompts",
+    "generate",
+]

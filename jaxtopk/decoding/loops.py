@@ -43,11 +43,13 @@ class ForcedDecode(typing.NamedTuple):
     log_probs: float32 [B, T - 1], natural logarithm of the probability of token t + 1 given all before it.
     logits: float32 [B, V] after the last token; [B, T, V], after each, with `keep_logits`.
     cache: with T more tokens.
+    likeliest: int32 [B, T], the most likely next token after each, the lowest id among equals.
     """
 
     log_probs: Float32[Array, "B T-1"]
     logits: Float32[Array, "B *T V"]
     cache: KVCache
+    likeliest: Int32[Array, "B T"]
 
 
 def decode_forced(
@@ -82,14 +84,19 @@ def _decode_forced(model, tokens, cache, *, keep_logits):
         logits, cache = model.decode(token, carry[0])
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return (cache, logits), (log_prob, logits if keep_logits else None)
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return (cache, logits), (log_prob, likeliest, logits if keep_logits else None)
 
     # The last token has no successor; its own id stands in and is cut off.
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     logits = jnp.zeros((tokens.shape[0], model.config.vocab_size), jnp.float32)
-    (cache, last), (log_probs, kept) = jax.lax.scan(step, (cache, logits), (tokens.T, targets.T))
+    (cache, last), (log_probs, likeliest, kept) = jax.lax.scan(
+        step, (cache, logits), (tokens.T, targets.T)
+    )
     logits = last if kept is None else jnp.swapaxes(kept, 0, 1)
-    return ForcedDecode(log_probs=log_probs.T[:, :-1], logits=logits, cache=cache)
+    return ForcedDecode(
+        log_probs=log_probs.T[:, :-1], logits=logits, cache=cache, likeliest=likeliest.T
+    )
 
 
 def repeat_cache(cache: KVCache, repeats: int) -> KVCache:
@@ -105,6 +112,13 @@ def repeat_cache(cache: KVCache, repeats: int) -> KVCache:
 @functools.partial(jax.jit, static_argnames="repeats")
 def _repeat(cache, *, repeats):
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), cache)
+
+
+def repeat_prefilled(prefilled: "Prefilled", repeats: int) -> "Prefilled":
+    """Does to all that `prefill` returned what `repeat_cache` does to its cache."""
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}, wanted at least 1")
+    return _repeat(prefilled, repeats=repeats)
 
 
 class Prefilled(typing.NamedTuple):
@@ -128,6 +142,7 @@ def prefill(
     *,
     new_tokens: int,
     cache_dtype: DTypeLike | None = None,
+    padded_to: int = 0,
 ) -> Prefilled:
     """Runs ragged prompts through the model, except for the tokens that its strategy wants decoded.
 
@@ -136,6 +151,7 @@ def prefill(
       prompts: token ids, at least one a prompt.
       new_tokens: room to leave in the cache after the longest prompt; its capacity is `cache_capacity` of both together.
       cache_dtype: of keys and values; None means the model's own.
+      padded_to: pad shorter prompts to this length, so that batches of any lengths up to it share one compilation.
     """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not lengths.size or lengths.min() < 1:
@@ -145,7 +161,7 @@ def prefill(
     suffix = min(model.attention.suffix_tokens, int(lengths.max()))
     forced_counts = np.minimum(lengths, suffix)
     cached = lengths - forced_counts
-    width = padded_size(int(cached.max())) if cached.any() else 0
+    width = padded_size(max(int(cached.max()), padded_to)) if cached.any() else 0
     capacity = cache_capacity(max(width, int(lengths.max()) + new_tokens))
     tokens = np.zeros((len(prompts), width), np.int32)
     forced = np.zeros((len(prompts), suffix), np.int32)
@@ -200,10 +216,14 @@ def start(
     sampler: Sampler,
     end_tokens: Sequence[int] = (),
     max_new_tokens: int,
+    columns: int = 0,
 ) -> Decoding:
     """Returns the loop's first state, which takes over the cache.
 
     Where no token of a sequence is forced, its first one is drawn here, from the prefill's logits.
+
+    Args:
+      columns: make room for this many tokens where `max_new_tokens` is less, so that different ones share a compilation.
     """
     cache, logits, forced, forced_counts = prefilled
     _check_room(cache, forced.shape[1] + max_new_tokens - 1)
@@ -215,7 +235,7 @@ def start(
         sampler,
         _ends(end_tokens),
         jnp.int32(max_new_tokens),
-        width=padded_size(forced.shape[1] + max_new_tokens),
+        width=padded_size(forced.shape[1] + max(max_new_tokens, columns)),
     )
     return dataclasses.replace(state, cache=cache)
 
@@ -405,5 +425,6 @@ __all__ = [
     "padded_size",
     "prefill",
     "repeat_cache",
+    "repeat_prefilled",
     "start",
 ]

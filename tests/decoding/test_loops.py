@@ -163,6 +163,22 @@ def test_prompts_of_similar_length_share_one_compilation():
     assert compiled() == before
 
 
+def test_prompts_of_other_lengths_share_one_compilation_where_room_is_made():
+    model = _model().with_attention(TopKAttention(topk=3))
+    compiled = lambda: [f._cache_size() for f in (loops._prefill, loops._start)]
+
+    def begin(prompt, count):
+        settings = {"streams": random_streams(0, [prompt]), "sampler": SamplingConfig().arrays()}
+        prefilled = loops.prefill(model, [prompt], new_tokens=count, padded_to=128)
+        return loops.start(prefilled, **settings, max_new_tokens=count, columns=70)
+
+    state = begin([1] * 100, 9)
+    assert (state.cache.capacity, state.tokens.shape) == (128, (1, 128))
+    before = compiled()
+    begin([2] * 20, 65)
+    assert compiled() == before
+
+
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1000, 1023, 1024, 1025, 8191, 8193, 131073])
 def test_padding_is_little_and_the_padded_sizes_few(size):
     padded = loops.padded_size(size)
@@ -189,6 +205,7 @@ def test_forced_decoding_equals_the_rows_of_a_forward_pass(attention):
     cache = KVCache.create(model.config, 2, 64)
     forced = loops.decode_forced(model, text, cache, keep_logits=True)
     np.testing.assert_allclose(forced.logits, rows, atol=2e-5)
+    np.testing.assert_array_equal(forced.likeliest, np.argmax(forced.logits, axis=-1))
     log_probs = jnp.take_along_axis(jax.nn.log_softmax(rows[:, :-1]), text[:, 1:, None], axis=-1)[
         ..., 0
     ]
