@@ -77,9 +77,7 @@ def difference_interval(
     return float(low), float(high)
 
 
-def paired_test(
-    first: Scores, second: Scores, *, seed: int = 0, flips: int = 10_000
-) -> float:
+def paired_test(first: Scores, second: Scores, *, seed: int = 0, flips: int = 10_000) -> float:
     """Returns the two-sided p-value that two settings score alike, by flipping the signs of paired differences.
 
     If they did, each difference could as well have had the other sign. The p-value is the share of sign patterns whose mean

@@ -42,6 +42,7 @@ _LANES = 128  # lanes of a warpgroup
 _PART = 128  # listed keys that the attend kernel takes at a time
 _SPLIT_KEYS = 4096  # scored by one block
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
+_ATTEND_BLOCKS = 2112  # of the attend kernel, which waits for memory most of the time: sixteen
 _MAX_HEAD_SIZE = 256
 _QUERY_REGISTERS = 96  # registers a lane may spend on keeping the group's queries
 _SWIZZLE = 128  # bytes
@@ -397,6 +398,7 @@ def _attend(scores, places, counts, value, wanted):
     row = gpu_lanes.folded_size(v_size, value.dtype)
     room = pl.cdiv(size, _PART) * _PART
     widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - size)))
+    wanted = wanted or pl.cdiv(_ATTEND_BLOCKS, b * n)
     splits = _splits(b * n, room // _PART, wanted)
     partial_row = jax.ShapeDtypeStruct((splits, b, n), jnp.float32)
     acc, m, total = plgpu.kernel(

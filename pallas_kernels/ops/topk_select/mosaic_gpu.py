@@ -46,6 +46,7 @@ _STREAMED_BITS = 3  # and a pass over the row
 _STREAMED_VECTORS = 4  # register vectors that a lane reads at a time there
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
 _SPLIT_KEYS = 8192  # a block of its own is not worth less
+_SPLITS_AT_ONCE = 4  # whose lists are read together
 _LOWEST = -0x7F800000  # order key of -inf: every number reaches it
 _HIGHEST = 0x7F800001  # one above that of +inf: no number reaches it
 
@@ -267,7 +268,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
     # outputs, global memory:
     #   count, threshold's order key, tie cut [rows] i32; lists [rows, >= topk]: "indices" i32, "scores" f32
     # scratch, shared memory:
-    #   places_ref, keys_ref [capacity] i32, the list; lanes_ref
+    #   places_ref, keys_ref [capacity, and a chunk where rows were narrowed before] i32, the list; lanes_ref
     refs = list(refs)
     scores_ref, budget_ref, start_ref, end_ref = (refs.pop(0) for _ in range(4))
     narrowed = [refs.pop(0) for _ in range(4)] if plan.splits > 1 else None
@@ -294,25 +295,41 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
         narrowed_bound_ref, found_ref, narrowed_places_ref, narrowed_bits_ref = narrowed
         low = narrowed_bound_ref[index, 0]
 
-        def take_split(split, found):
-            here = found_ref[index, split]
+        copy_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=1)
 
-            def take(chunk, found):
-                part = pl.ds(chunk * _CHUNK, _CHUNK)
-                place, bits = (
-                    plgpu.load(ref.at[index, split, part], layout=chunk_layout, optimized=False)
-                    for ref in (narrowed_places_ref, narrowed_bits_ref)
+        def part_of(split, chunk):
+            part = pl.ds(chunk * _CHUNK, _CHUNK)
+            return [
+                plgpu.load(ref.at[index, split, part], layout=copy_layout, optimized=False)
+                for ref in (narrowed_places_ref, narrowed_bits_ref)
+            ]
+
+        def put(part, at):
+            # What is past the end of a split's list is written over by the next split's, or never looked at.
+            @pl.when(at <= plan.capacity)
+            def _():
+                for ref, values in zip((places_ref, keys_ref), part, strict=True):
+                    ref[pl.ds(at, _CHUNK)] = values
+
+        def take_splits(group, found):
+            splits = [group * _SPLITS_AT_ONCE + i for i in range(_SPLITS_AT_ONCE)]
+            real = [jnp.minimum(split, plan.splits - 1) for split in splits]
+            counts = [found_ref[index, split] for split in real]
+            # The starts of several lists are under way together; few are longer than one chunk.
+            parts = [part_of(split, 0) for split in real]
+            for split, count, part in zip(splits, counts, parts, strict=True):
+                count = jnp.where(split < plan.splits, count, 0)
+                put(part, found)
+                rest = jnp.where(count > plan.capacity, 0, lax.div(count + (_CHUNK - 1), _CHUNK))
+                pl.loop(1, rest)(
+                    lambda chunk, split=split, found=found: put(
+                        part_of(split, chunk), found + chunk * _CHUNK
+                    )
                 )
-                hit = chunk * _CHUNK + lane < here
-                lists = [places_ref, keys_ref]
-                return append(hit, [place, bits], lists, found, lanes_ref, layout=chunk_layout)
+                found = jnp.minimum(found + count, 2 * plan.capacity + 2)
+            return found
 
-            cut_off = here > plan.capacity
-            chunks = jnp.where(cut_off, 0, lax.div(here + (_CHUNK - 1), _CHUNK))
-            found = lax.fori_loop(0, chunks, take, found)
-            return found + jnp.where(cut_off, plan.capacity + 1, 0)
-
-        found = lax.fori_loop(0, plan.splits, take_split, jnp.int32(0))
+        found = lax.fori_loop(0, pl.cdiv(plan.splits, _SPLITS_AT_ONCE), take_splits, jnp.int32(0))
 
     # Candidates of a bound that every number reaches are all the numbers there are.
     narrow = (found <= plan.capacity) & ((found >= budget) | (low == _LOWEST))
@@ -616,14 +633,17 @@ def select(
         )(*arguments)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     width = pl.cdiv(topk or 1, _LANES) * _LANES
+    room = plan.capacity + (
+        _CHUNK if plan.splits > 1 else 0
+    )  # the last list is put down in whole chunks
     dtypes = {"indices": jnp.int32, "scores": jnp.float32}
     count, bound, cut, *lists = plgpu.kernel(
         functools.partial(_select_kernel, plan=plan, listed=listed),
         out_type=[row, row, row]
         + [jax.ShapeDtypeStruct((rows, width), dtypes[name]) for name in listed],
         scratch_types=[
-            plgpu.SMEM((plan.capacity,), jnp.int32),
-            plgpu.SMEM((plan.capacity,), jnp.int32),
+            plgpu.SMEM((room,), jnp.int32),
+            plgpu.SMEM((room,), jnp.int32),
             lanes,
         ],
         grid=(rows,),
