@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from experiments.kernel_latency import tables as kernel_latency
 from experiments.quickstart import tables as quickstart
+from experiments.topk_ratio import entropy_tables as topk_ratio_entropy
 from experiments.topk_ratio import tables as topk_ratio
 from jaxtopk.analysis.run_folder import write_text
 
@@ -43,6 +44,8 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "quickstart-figure": lambda: quickstart.figure_link("experiments/quickstart/"),
         "quickstart-summary": quickstart.summary,
         "operations": operations,
+        "kernel-latency": kernel_latency.summary,
+        "topk-ratio-figure": lambda: topk_ratio.figure_link("experiments/topk_ratio/"),
     },
     "experiments/quickstart/README.md": {
         "figure": lambda: quickstart.figure_link(""),
@@ -55,6 +58,8 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "experiments/topk_ratio/README.md": {
         "figure": lambda: topk_ratio.figure_link(""),
         "tables": topk_ratio.tables,
+        "entropy-figures": lambda: topk_ratio_entropy.figure_links(""),
+        "entropy-tables": topk_ratio_entropy.tables,
     },
 }
 
@@ -75,6 +80,12 @@ FIGURES: Mapping[str, Drawing] = {
         quickstart.figure, lambda: quickstart.rows_digest() if quickstart.committed() else None
     ),
     "experiments/topk_ratio/results/ratio.svg": Drawing(topk_ratio.figure, topk_ratio.rows_digest),
+    **{
+        f"experiments/topk_ratio/results/{name}": Drawing(
+            functools.partial(topk_ratio_entropy.figure, name), topk_ratio_entropy.rows_digest
+        )
+        for name in topk_ratio_entropy.FIGURES
+    },
     **{
         f"experiments/kernel_latency/results/{name}": Drawing(
             functools.partial(kernel_latency.figure, name),

@@ -35,11 +35,21 @@ def tables() -> str:
 
 
 def summary() -> str:
-    """The main workloads of the latest run."""
-    rows = [row for row in shown() if row["group"] == "main"]
-    if not rows:
+    """The main workloads, each as the latest run that has it measured it."""
+    accelerated = [row for row in committed() if row["platform"] != "cpu"]
+    main = [row for row in accelerated if row["group"] == "main"]
+    if not main:
         return _NONE_YET
-    return f"{_table(rows)}\n\n{report.caption(rows)}"
+    latest = {(row["op"], row["workload"]): row["commit"] for row in main}  # later rows replace earlier
+    measured = results.groups(main, "op", "workload")  # in the order of the first run
+    rows = [row for key, found in measured.items() for row in found if row["commit"] == latest[key]]
+    commits = ", ".join(dict.fromkeys(latest.values()))
+    last = main[-1]
+    return (
+        f"{_table(rows)}\n\n{last['device']}, jax {last['versions']['jax']}, commits {commits}, {last['date']}; each line from one run. "
+        "*limit*: what has to be read, at the read rate measured in that run, or the products, at the measured rate. *wanted*: the "
+        "target's share of that limit, stated for an NVIDIA H200, which was not at hand."
+    )
 
 
 def figure(name: str) -> str:
@@ -77,7 +87,7 @@ def shown() -> list[results.Row]:
     rows = [row for row in committed() if row["platform"] != "cpu"] or list(committed())
     if not rows:
         return []
-    latest = max(rows, key=lambda row: row["date"])
+    latest = sorted(rows, key=lambda row: row["date"])[-1]  # of one day, the last one filed
     same = ("device", "commit")
     return [row for row in rows if all(row[name] == latest[name] for name in same)]
 

@@ -85,7 +85,7 @@ def run(arguments: Arguments) -> tuple[dict[str, float], list[dict[str, Any]]]:
         bar = progress.add_task(f"loading {config.model}", total=None)
         haystack = Haystack.named(config.haystack)
         tasks = [make_task(name, haystack=haystack, qa=arguments.qa) for name in config.tasks]
-        model, tokenizer = _load(config)
+        model, tokenizer = load_model(config.model, config.dtype)
         evaluation = harness.EvaluationConfig(
             model=config.model,
             tasks=config.tasks,
@@ -166,8 +166,9 @@ def _config(arguments: Arguments) -> StudyConfig:
     return dataclasses.replace(config, **changes)
 
 
-def _load(config: StudyConfig):
-    if config.model == "random":
+def load_model(name: str, dtype: str | None):
+    """Returns a model and its tokenizer; "random" is a tiny one in float32, over bytes."""
+    if name == "random":
         from experiments.quickstart import sources
         from experiments.quickstart.config import QuickstartConfig
 
@@ -175,7 +176,7 @@ def _load(config: StudyConfig):
         return made_up.model, made_up.tokenizer
     from jaxtopk import load_pretrained
 
-    return load_pretrained(config.model, dtype=config.dtype)
+    return load_pretrained(name, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ _NONE_YET = "*No results are committed yet.*"
 
 @functools.cache
 def committed() -> tuple[results.Row, ...]:
-    """Returns the rows of all committed runs."""
-    return tuple(results.read(RESULTS))
+    """Returns the scores of all committed runs; the entropy rows beside them are another module's."""
+    return tuple(row for row in results.read(RESULTS) if row["study"] == "topk_ratio")
 
 
 def tables() -> str:

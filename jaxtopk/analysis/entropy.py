@@ -61,6 +61,7 @@ class RowEntropy(NamedTuple):
     entropy: of the full softmax over them [nats], at most ln n.
     lse: natural log-sum-exp of their scores; -inf without keys.
     topk: one entry for each k asked for: the best k keys of the row's own head; rows with n <= k have mass 1.
+    ratio: likewise for each share asked for, the best ceil(share * n) keys.
     attended: the set that the strategy attends to, None where no strategy was given. NaN where the strategy is one whose
       set is not known here.
     attended_count: how many keys that set has; -1 where it is not known.
@@ -70,6 +71,7 @@ class RowEntropy(NamedTuple):
     entropy: Float[Array, "*L B N T"]
     lse: Float[Array, "*L B N T"]
     topk: tuple[SetEntropy, ...]
+    ratio: tuple[SetEntropy, ...]
     attended: SetEntropy | None
     attended_count: Int32[Array, "*L B N T"] | None
 
@@ -90,6 +92,7 @@ def attention_entropy(
     key: Float[Array, "B S K H"],
     *,
     topks: Sequence[int] = (),
+    ratios: Sequence[float] = (),
     strategy: AttentionStrategy | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -112,6 +115,7 @@ def attention_entropy(
     Args:
       query, key: RoPE already applied; one dtype; N a multiple of K, query head n reads key head n // (N / K).
       topks: sizes of the sets of best keys, each at least 1.
+      ratios: sizes as shares of the row's visible keys, in (0, 1].
       strategy: measure the set that its whole-sequence rows attend to: all visible keys for `FullAttention`; for
         `TopKAttention` those of its budget, scope and pooling.
       causal: row t sees keys j <= t + S - T.
@@ -130,7 +134,7 @@ def attention_entropy(
     query, key = jnp.asarray(query), jnp.asarray(key)
     b, t, s = checks.attention(_OP, query, key, key)
     n = query.shape[2]
-    topks = tuple(check_topks(topks))
+    topks, ratios = tuple(check_topks(topks)), tuple(check_ratios(ratios))
     for name, value in (("window", window), ("block_q", block_q), ("block_kv", block_kv)):
         if value is not None:
             checks.at_least_one(_OP, name, value)
@@ -146,7 +150,7 @@ def attention_entropy(
     if sparse_rows is not None:
         checks.shape(_OP, "sparse_rows", sparse_rows, "B T", B=b, T=t)
 
-    whole_rows = bool(topks) or isinstance(strategy, TopKAttention)
+    whole_rows = bool(topks or ratios) or isinstance(strategy, TopKAttention)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     pieces = max(1, min(_MAX_PIECES, t // _PIECE_ROWS)) if causal else 1
     size = -(-t // pieces)
@@ -183,6 +187,7 @@ def attention_entropy(
             key=key[:, first:last],
             visible=visible,
             topks=topks,
+            ratios=ratios,
             strategy=strategy,
             scale=scale,
         )
@@ -206,7 +211,15 @@ def check_topks(topks: Sequence[int]) -> Sequence[int]:
     return topks
 
 
-def _whole_rows(chunk, *, key, visible, topks, strategy, scale) -> RowEntropy:
+def check_ratios(ratios: Sequence[float]) -> Sequence[float]:
+    """Refuses a share of the keys that is not above 0 and at most 1."""
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise ValueError(f"ratios: got {ratio!r}, wanted numbers in (0, 1]")
+    return ratios
+
+
+def _whole_rows(chunk, *, key, visible, topks, ratios, strategy, scale) -> RowEntropy:
     """Measures a chunk of rows [B, C] from all their scores [B, N, C, S]."""
     index, query, segments, sparse_rows = chunk
     b, _, n, _ = query.shape
@@ -231,8 +244,9 @@ def _whole_rows(chunk, *, key, visible, topks, strategy, scale) -> RowEntropy:
     # One program searches for all sizes in turn; a set as large as the row is the row.
     sizes = sorted({k for k in topks if k < s})
     budgets = [jnp.full_like(count, k) for k in sizes]
+    # A row without keys keeps nothing whatever its budget, but budgets start at 1.
+    budgets += [jnp.maximum(pallas_kernels.budget_from_ratio(count, ratio), 1) for ratio in ratios]
     if isinstance(strategy, TopKAttention):
-        # A row without keys keeps nothing whatever its budget, but budgets start at 1.
         budgets.append(jnp.maximum(strategy.budget(count, sparse_rows=sparse_rows), 1))
     pooled = isinstance(strategy, TopKAttention) and strategy.scope != "head"
     searched = budgets[:-1] if pooled else budgets
@@ -244,6 +258,7 @@ def _whole_rows(chunk, *, key, visible, topks, strategy, scale) -> RowEntropy:
         found = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(searched))]
     sets = dict.fromkeys(topks, SetEntropy(jnp.minimum(row.l, 1), row.entropy))
     sets |= dict(zip(sizes, found, strict=False))
+    shares = tuple(found[len(sizes) : len(sizes) + len(ratios)])
     attended = attended_count = None
     if pooled:
         num_sets = pooling.num_sets(strategy.scope, n, key.shape[2])
@@ -260,13 +275,19 @@ def _whole_rows(chunk, *, key, visible, topks, strategy, scale) -> RowEntropy:
         shape = (b, n, index.size)
         attended, attended_count = _without_search(strategy, row, count, shape)
     return RowEntropy(
-        count, row.entropy, row.lse, tuple(sets[k] for k in topks), attended, attended_count
+        visible=count,
+        entropy=row.entropy,
+        lse=row.lse,
+        topk=tuple(sets[k] for k in topks),
+        ratio=shares,
+        attended=attended,
+        attended_count=attended_count,
     )
 
 
-def _tiled_rows(chunk, *, key, visible, topks, strategy, scale, block_kv) -> RowEntropy:
+def _tiled_rows(chunk, *, key, visible, topks, ratios, strategy, scale, block_kv) -> RowEntropy:
     """Measures a chunk of rows from a tile of keys at a time; no set is asked for that would have to be searched."""
-    del topks
+    del topks, ratios
     index, query, segments, _ = chunk
     b, c, n, _ = query.shape
     s = key.shape[1]
@@ -293,7 +314,7 @@ def _tiled_rows(chunk, *, key, visible, topks, strategy, scale, block_kv) -> Row
     attended = attended_count = None
     if strategy is not None:
         attended, attended_count = _without_search(strategy, row, count, (b, n, c))
-    return RowEntropy(count, row.entropy, row.lse, (), attended, attended_count)
+    return RowEntropy(count, row.entropy, row.lse, (), (), attended, attended_count)
 
 
 def _best(candidates, visible, topk) -> Bool[Array, "B G C S"]:
@@ -311,4 +332,4 @@ def _without_search(strategy, row: EntropyPartials, count, shape) -> tuple[SetEn
     return SetEntropy(unknown, unknown), jnp.full(shape, -1, jnp.int32)
 
 
-__all__ = ["RowEntropy", "SetEntropy", "attention_entropy", "check_topks"]
+__all__ = ["RowEntropy", "SetEntropy", "attention_entropy", "check_ratios", "check_topks"]

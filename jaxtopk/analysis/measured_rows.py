@@ -9,20 +9,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtopk.analysis.analyze import TokenAnalysis
+from pallas_kernels import budget_from_ratio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredRows:
-    """Rows of all layers and heads; L layers, N heads, R rows, J sizes of sets.
+    """Rows of all layers and heads; L layers, N heads, R rows, J sizes of sets, I shares of the visible keys.
 
     Args:
       topks: the sizes of sets.
       visible: keys each row may see, [L, R].
       entropy, normalised: of the full softmax, [nats] and as a share of ln visible, [L, N, R].
       mass, set_entropy: of the best `topks` keys, [J, L, N, R].
+      ratio_mass: of the best `ratios` of the visible keys, [I, L, N, R].
       attended_mass, attended_entropy: of the keys that the strategy attends to, [L, N, R]; NaN where not known.
       attended_count: how many these are, [L, N, R]; -1 where not known.
       output_entropy: of the next token [nats], [R].
@@ -38,47 +41,64 @@ class MeasuredRows:
     attended_entropy: np.ndarray
     attended_count: np.ndarray
     output_entropy: np.ndarray
+    ratios: tuple[float, ...]
+    ratio_mass: np.ndarray
 
     @classmethod
-    def of(cls, found: TokenAnalysis, measured: np.ndarray, topks: Sequence[int]) -> "MeasuredRows":
-        """Fetches from the device what `analyze_tokens` found, and keeps the rows that are `measured`, bool [B, T].
+    def of(
+        cls,
+        found: TokenAnalysis,
+        measured: np.ndarray,
+        topks: Sequence[int],
+        ratios: Sequence[float] = (),
+    ) -> "MeasuredRows":
+        """Fetches from the device what was found, and keeps the rows that are `measured`, bool [B, T].
 
         Raises:
-          ValueError: no strategy's set was measured, or not for these `topks`.
+          ValueError: no strategy's set was measured, or not for these `topks` and `ratios`.
         """
         rows = found.rows
         if rows.attended is None or len(rows.topk) != len(topks):
             raise ValueError(
                 f"found: got {len(rows.topk)} sets, wanted those of topks {tuple(topks)} and the strategy's"
             )
+        if len(rows.ratio) != len(ratios):
+            raise ValueError(
+                f"found: got {len(rows.ratio)} shares, wanted those of ratios {tuple(ratios)}"
+            )
         fetched = jax.device_get((rows, rows.normalised, found.output_entropy))
         rows, normalised, output = fetched
         # [L, B, N, T] -> [L, N, B, T] -> [L, N, R]
         pick = lambda x: np.swapaxes(x, 1, 2)[:, :, measured]
-        sets = lambda name: np.stack([pick(getattr(part, name)) for part in rows.topk])
-        shape = (0, *pick(rows.entropy).shape)
+        none = np.zeros((0, *pick(rows.entropy).shape), np.float32)
+        stack = lambda parts, name: (
+            np.stack([pick(getattr(part, name)) for part in parts]) if parts else none
+        )
         return cls(
             topks=tuple(topks),
             visible=rows.visible[:, measured],
             entropy=pick(rows.entropy),
             normalised=pick(normalised),
-            mass=sets("mass") if topks else np.zeros(shape, np.float32),
-            set_entropy=sets("entropy") if topks else np.zeros(shape, np.float32),
+            mass=stack(rows.topk, "mass"),
+            set_entropy=stack(rows.topk, "entropy"),
             attended_mass=pick(rows.attended.mass),
             attended_entropy=pick(rows.attended.entropy),
             attended_count=pick(rows.attended_count),
             output_entropy=output[measured],
+            ratios=tuple(ratios),
+            ratio_mass=stack(rows.ratio, "mass"),
         )
 
     @classmethod
     def join(cls, parts: Sequence["MeasuredRows"]) -> "MeasuredRows":
         """Returns the rows of all parts, in order."""
-        fields = [field.name for field in dataclasses.fields(cls) if field.name != "topks"]
+        sizes = ("topks", "ratios")
+        fields = [field.name for field in dataclasses.fields(cls) if field.name not in sizes]
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
             for name in fields
         }
-        return cls(topks=parts[0].topks, **joined)
+        return cls(topks=parts[0].topks, ratios=parts[0].ratios, **joined)
 
     @property
     def num_rows(self) -> int:
@@ -100,17 +120,30 @@ class MeasuredRows:
             visible=self.visible[layers],
             mass=self.mass[:, layers, heads],
             set_entropy=self.set_entropy[:, layers, heads],
+            ratio_mass=self.ratio_mass[:, layers, heads],
             **{name: getattr(self, name)[layers, heads] for name in of_heads},
         )
 
-    def beyond(self, topk: int) -> np.ndarray:
-        """Returns which rows see more than `topk` keys, bool [L, N, R]."""
-        return np.broadcast_to((self.visible > topk)[:, None], self.entropy.shape)
+    def kept(self, size: int | float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns how many keys a set has at each row, int [L, R], and their mass, [L, N, R].
 
-    def head_mass(self, topk: int) -> np.ndarray:
+        Args:
+          size: one of `topks` or, a float, one of `ratios`.
+        """
+        if isinstance(size, float):
+            budget = np.asarray(budget_from_ratio(jnp.asarray(self.visible), size))
+            return budget, self.ratio_mass[self.ratios.index(size)]
+        return np.full_like(self.visible, size), self.mass[self.topks.index(size)]
+
+    def beyond(self, size: int | float) -> np.ndarray:
+        """Returns which rows see more keys than a set has, bool [L, N, R]; `size` as in `kept`."""
+        told = self.visible > self.kept(size)[0]
+        return np.broadcast_to(told[:, None], self.entropy.shape)
+
+    def head_mass(self, size: int | float) -> np.ndarray:
         """Returns each head's mean mass of its best keys over rows that see more, [L, N]; NaN where none does."""
-        told = self.beyond(topk)
-        mass = np.where(told, self.mass[self.topks.index(topk)], 0).sum(axis=-1, dtype=np.float64)
+        told = self.beyond(size)
+        mass = np.where(told, self.kept(size)[1], 0).sum(axis=-1, dtype=np.float64)
         rows = told.sum(axis=-1)
         return np.where(rows, mass / np.maximum(rows, 1), np.nan)
 
@@ -141,19 +174,23 @@ class MeasuredRows:
             },
         }
 
-    def bound(self, topk: int, *, tolerance: float = 1e-4) -> dict[str, Any] | None:
+    def bound(self, size: int | float, *, tolerance: float = 1e-4) -> dict[str, Any] | None:
         """Checks mass >= 1 - H / ln k on every row that sees more than k keys, k >= 2; None where there is none.
+
+        Args:
+          size: as in `kept`; k is what the set has at the row.
 
         Returns:
           How many rows, how many of them break it by more than `tolerance` (rounding), and the least of mass - bound.
         """
-        told = self.beyond(topk)
-        if topk < 2 or not told.any():
+        keys, mass = self.kept(size)
+        keys = np.broadcast_to(keys[:, None], mass.shape)
+        told = self.beyond(size) & (keys >= 2)
+        if not told.any():
             return None
-        mass = self.mass[self.topks.index(topk)][told]
-        slack = mass - (1 - self.entropy[told] / np.log(topk))
+        slack = mass[told] - (1 - self.entropy[told] / np.log(keys[told]))
         return {
-            "topk": topk,
+            "ratio" if isinstance(size, float) else "topk": size,
             "rows": int(told.sum()),
             "broken": int((slack < -tolerance).sum()),
             "least_slack": float(slack.min()),

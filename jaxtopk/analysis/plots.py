@@ -42,6 +42,7 @@ class Curve:
       x, y: points; one (x, y) a mark.
       low, high: ends of the interval at each point; None draws none.
       dashed: for bounds and controls, rather than measurements.
+      joined: a line from point to point; False leaves small marks alone, for a cloud of points.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Curve:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     dashed: bool = False
+    joined: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,9 +197,9 @@ def _draw_curves(axes: matplotlib.axes.Axes, panel: Panel) -> None:
             label=curve.label,
             color=colour,
             marker=None if curve.dashed else _MARKERS[index % len(_MARKERS)],
-            markersize=5,
+            markersize=5 if curve.joined else 2.5,
             linewidth=1.6,
-            linestyle="--" if curve.dashed else "-",
+            linestyle="none" if not curve.joined else "--" if curve.dashed else "-",
         )
     if panel.ratios or panel.x_log:
         ticks = sorted({x for curve in panel.curves for x in curve.x})

@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -77,6 +77,7 @@ class AnalyzeCommand:
         with progress_bar() as progress:
             bar = progress.add_task("starting", total=None)
             from jaxtopk.analysis.entropy import check_topks
+            from jaxtopk.analysis.measure import measure
             from jaxtopk.analysis.measured_rows import MeasuredRows
 
             check_topks(self.topks)
@@ -94,7 +95,7 @@ class AnalyzeCommand:
             begin = time.perf_counter()
             parts: dict[str, list[MeasuredRows]] = {}
             progress.update(bar, description="measuring", total=len(pieces), completed=0)
-            for piece, found in zip(pieces, self._measure(model, strategy, pieces), strict=True):
+            for piece, found in zip(pieces, measure(model, pieces, topks=self.topks), strict=True):
                 parts.setdefault(piece.group, []).append(found)
                 progress.advance(bar)
             seconds = time.perf_counter() - begin
@@ -167,37 +168,6 @@ class AnalyzeCommand:
             )
         return pieces
 
-    def _measure(
-        self, model: "DecoderLM", strategy: "AttentionStrategy", pieces: "Sequence[Piece]"
-    ) -> "Iterator[MeasuredRows]":
-        """Measures one sequence after another, all of one padded length: one compilation."""
-        import jax.numpy as jnp
-        import numpy as np
-
-        from jaxtopk.analysis.analyze import analyze_tokens
-        from jaxtopk.analysis.measured_rows import MeasuredRows
-
-        width = max(len(piece.tokens) for piece in pieces)
-        # Where generation would leave the prompt dense but for its last tokens, so does this.
-        dense_prompt = strategy.prefill_strategy() != strategy
-        for piece in pieces:
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, : len(piece.tokens)] = piece.tokens
-            measured = np.zeros((1, width), bool)
-            measured[0, : len(piece.tokens)] = piece.measured
-            sparse = None
-            if dense_prompt:
-                first = max(piece.prompt_tokens - strategy.suffix_tokens, 0)
-                sparse = jnp.asarray(np.arange(width)[None] >= first)
-            found = analyze_tokens(
-                model,
-                jnp.asarray(tokens),
-                topks=self.topks,
-                lengths=jnp.asarray([len(piece.tokens)], jnp.int32),
-                sparse_rows=sparse,
-            )
-            yield MeasuredRows.of(found, measured, self.topks)
-
     def _results(
         self,
         model: "DecoderLM",
@@ -241,6 +211,7 @@ def _write_arrays(path: pathlib.Path, rows: "Mapping[str, MeasuredRows]") -> Non
     for group, found in rows.items():
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         arrays["topks"] = np.asarray(fields.pop("topks"), np.int32)
+        del fields["ratios"], fields["ratio_mass"]  # not asked for
         arrays |= {f"{group}/{name}": value for name, value in fields.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtopk.analysis.analyze import analyze_tokens, output_entropy, token_entropy
+from jaxtopk.analysis.analyze import (
+    analyze_reply,
+    analyze_tokens,
+    output_entropy,
+    token_entropy,
+)
+from jaxtopk.analysis.measure import measure
 from jaxtopk.analysis.measured_rows import MeasuredRows, summaries
-from jaxtopk.analysis.pieces import task_pieces, text_pieces
+from jaxtopk.analysis.pieces import Piece, task_pieces, text_pieces
 from jaxtopk.attention import FullAttention, TopKAttention
 from jaxtopk.data.tokenizer import Tokenizer
 from jaxtopk.evaluation.tasks.base import Sample, Task, TokenSample, TokenTask
@@ -142,6 +148,113 @@ def test_rows_that_the_strategy_leaves_dense_attend_to_all(model):
     np.testing.assert_array_equal(rows.attended_count[0, 1, :, 2:], 2)
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        FullAttention(),
+        SPARSE.replace(topk=None, topk_ratio=0.3, sparse_suffix=3, scope="layer"),
+        SPARSE.replace(sparse_suffix=0, layers=(0, 2)),
+        SPARSE.replace(prefill="topk"),
+    ],
+    ids=[
+        "full",
+        "ratio, layer, longer suffix",
+        "dense suffix, two layers",
+        "sparse prompt",
+    ],
+)
+def test_rows_of_a_reply_are_those_of_a_whole_measurement(model, attention):
+    """Prompts of 8 and 5 tokens, replies up to the end; five rows each, among them a layer with a window."""
+    model, tokens = model.with_attention(attention), jnp.asarray(TOKENS)
+    prompts, first = [8, 5], [5, 2]
+    found = jax.device_get(
+        analyze_reply(
+            model,
+            tokens,
+            prompt_tokens=prompts,
+            first=first,
+            num_rows=5,
+            topks=TOPKS,
+            ratios=(0.4,),
+        )
+    )
+    sparse = None
+    if attention.prefill_strategy() != attention:
+        starts = np.asarray(prompts)[:, None] - attention.suffix_tokens
+        sparse = jnp.asarray(np.arange(12)[None] >= starts)
+    whole = jax.device_get(analyze_tokens(model, tokens, topks=TOPKS, sparse_rows=sparse))
+    wanted_rows = [np.s_[5:10], np.s_[2:7]]
+    for i, rows in enumerate(wanted_rows):
+        pick = lambda x, i=i, rows=rows: x[:, i, ..., rows]
+        parts = whole.rows._replace(ratio=found.rows.ratio)
+        jax.tree.map(
+            lambda got, wanted, i=i, pick=pick: np.testing.assert_allclose(
+                got[:, i], pick(wanted), atol=1e-5
+            ),
+            found.rows._replace(ratio=()),
+            parts._replace(ratio=()),
+        )
+        np.testing.assert_allclose(
+            found.output_entropy[i], whole.output_entropy[i, rows], atol=1e-5
+        )
+    # A share of 0.4 keeps 3 of the 7 keys of sequence 1's row 6, and 4 of the 10 of sequence 0's row 9.
+    (share,) = found.rows.ratio
+    np.testing.assert_allclose(
+        share.mass[0, 1, :, 4], whole.rows.topk[0].mass[0, 1, :, 6], atol=1e-5
+    )
+    assert (share.mass[0, 0, :, 4] > whole.rows.topk[0].mass[0, 0, :, 9]).all()
+
+
+def test_a_reply_that_does_not_fit_its_rows_is_refused(model):
+    model, tokens = model.with_attention(SPARSE), jnp.asarray(TOKENS)
+    options = {"prompt_tokens": [8, 5], "first": [5, 2], "num_rows": 5}
+    for changes, message in (
+        ({"num_rows": 13}, "num_rows: got 13, wanted 1 to the 12 tokens"),
+        ({"first": [5]}, "first: got 1 numbers and 2 prompt_tokens, wanted one for each of 2"),
+        ({"first": [5, 5]}, "first: got 5 for 5 prompt tokens, wanted 0 to 4"),
+        ({"first": [5, 2], "num_rows": 8}, "first: got 5 for 8 prompt tokens, wanted 0 to 4"),
+        ({"ratios": (1.5,)}, "ratios: got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            analyze_reply(model, tokens, **options | changes)
+
+
+def test_pieces_of_texts_and_tasks_are_measured_at_the_rows_that_count(model):
+    """The reply of the second piece ends where the tokens do: its rows begin earlier, and the same ones count."""
+    sparse = model.with_attention(SPARSE)
+    text = Piece(group="text", tokens=tuple(TOKENS[0].tolist()), measured=np.arange(12) >= 4)
+    early, late = (
+        Piece(
+            group="task",
+            tokens=tuple(TOKENS[1, :size].tolist()),
+            measured=np.isin(np.arange(size), rows),
+            prompt_tokens=rows[0] + 1,
+        )
+        for size, rows in ((9, (3, 4, 6)), (12, (9, 10)))
+    )
+    found = list(measure(sparse, [text, early, late], topks=TOPKS))
+    assert [rows.num_rows for rows in found] == [8, 3, 2]
+    with_ratios = list(measure(sparse, [early, late], topks=TOPKS, ratios=(0.5,)))
+    for rows, piece, picked in zip(with_ratios, (early, late), ((3, 4, 6), (9, 10)), strict=True):
+        starts = jnp.asarray(np.arange(12)[None] >= piece.prompt_tokens - 1)
+        whole = jax.device_get(
+            analyze_tokens(sparse, jnp.asarray(TOKENS[1:]), topks=TOPKS, sparse_rows=starts)
+        ).rows
+        np.testing.assert_allclose(rows.entropy, whole.entropy[:, 0][..., picked], atol=1e-5)
+        np.testing.assert_allclose(
+            rows.attended_mass, whole.attended.mass[:, 0][..., picked], atol=1e-5
+        )
+    budget, mass = with_ratios[0].kept(0.5)
+    np.testing.assert_array_equal(budget[0], [2, 3, 4])  # half of 4, 5 and 7 keys, rounded up
+    np.testing.assert_allclose(
+        with_ratios[0].head_mass(0.5), mass.mean(axis=-1, dtype=np.float64), rtol=1e-6
+    )
+    bound = with_ratios[0].bound(0.5)
+    assert (bound["ratio"], bound["rows"], bound["broken"]) == (0.5, 3 * 4 * 3, 0)
+    with pytest.raises(ValueError, match="ratios: got .* for 'text', wanted none"):
+        list(measure(sparse, [text], ratios=(0.5,)))
+
+
 def test_output_entropy_is_the_same_in_chunks(model, monkeypatch):
     hidden = model.hidden(jnp.asarray(TOKENS))
     whole = output_entropy(model, hidden)
@@ -209,6 +322,8 @@ def test_a_broken_bound_is_counted_and_rows_without_a_say_are_none(found):
 def test_sets_that_were_not_measured_are_refused(found):
     with pytest.raises(ValueError, match="found: got 2 sets, wanted those of topks"):
         MeasuredRows.of(found, np.ones((2, 12), bool), (3,))
+    with pytest.raises(ValueError, match="found: got 0 shares, wanted those of ratios"):
+        MeasuredRows.of(found, np.ones((2, 12), bool), TOPKS, (0.5,))
 
 
 class Letters(Tokenizer):

@@ -1,5 +1,6 @@
 """Reports and plots: escaped, self-contained, the same bytes for the same data."""
 
+import dataclasses
 import html.parser
 import math
 import xml.etree.ElementTree as ET
@@ -181,3 +182,13 @@ def test_grids_of_another_shape_are_refused():
         Density(
             x_edges=[0.0, 1.0], y_edges=[0.0, 1.0, 2.0], counts=[[1.0, 2.0]], x_label="", y_label=""
         )
+
+
+def test_points_that_are_not_joined_are_marks_without_a_line():
+    cloud = Curve(label="heads", x=[0.0, 1.0, 2.0], y=[0.3, 0.1, 0.2], joined=False)
+    panel = Panel(curves=[cloud], x_label="x", y_label="y", ratios=False)
+    joined = dataclasses.replace(panel, curves=[dataclasses.replace(cloud, joined=True)])
+    # Marks are references to one shape; the line is a path of its own.
+    marks, lines = (draw([shown]).count("<use") for shown in (panel, joined))
+    assert marks == lines
+    assert draw([panel]).count("stroke-width: 1.6") < draw([joined]).count("stroke-width: 1.6")
