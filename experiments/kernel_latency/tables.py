@@ -40,7 +40,9 @@ def summary() -> str:
     main = [row for row in accelerated if row["group"] == "main"]
     if not main:
         return _NONE_YET
-    latest = {(row["op"], row["workload"]): row["commit"] for row in main}  # later rows replace earlier
+    latest = {
+        (row["op"], row["workload"]): row["commit"] for row in main
+    }  # later rows replace earlier
     measured = results.groups(main, "op", "workload")  # in the order of the first run
     rows = [row for key, found in measured.items() for row in found if row["commit"] == latest[key]]
     commits = ", ".join(dict.fromkeys(latest.values()))

@@ -9,6 +9,7 @@ All functions are for one warpgroup of 128 lanes and vectors in `plgpu.Layout.WG
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -477,7 +478,8 @@ def store_columns(acc, ref, begin, columns: int, *, interpreted: bool):
     store(acc, ref, begin)
 
 
-def _c(value: int):
+def _c(value: int) -> Any:
+    """An int32 constant; its type in MLIR's stubs is wider than what their operations take."""
     return mgpu.c(value if value < 2**31 else value - 2**32, ir.IntegerType.get_signless(32))
 
 

@@ -6,6 +6,7 @@ distance; the rest is `topk_select/fused_tpu.py`: grid, row buffer, search, list
 """
 
 import functools
+import operator
 
 import jax.numpy as jnp
 
@@ -34,11 +35,11 @@ def _tile(refs, cell, offset, *, cell_rows: int, width: int):
     key = refs["key"][0, :, fused_tpu.lanes(offset, width)]
     scores = []
     for piece in range(0, width, LANES):
-        steps = (
+        steps = [
             refs["spread"][axis, rows, :] - key[axis : axis + 1, piece : piece + LANES]
             for axis in range(key.shape[0])
-        )
-        scores.append(-sum(step * step for step in steps))
+        ]
+        scores.append(-functools.reduce(operator.add, (step * step for step in steps)))
     return scores
 
 

@@ -425,7 +425,7 @@ def _arrays(scorer: Scorer) -> list[jax.Array]:
 def _call(kernel, op: str, layout: Layout, scorer: Scorer, scalars, limits, *, out, scratch, **kw):
     """Launches a kernel; `out` are (shape, dtype, block, index map), `scratch` what it has beside the scorer's."""
     scratch = [*scratch, *scorer.scratch.values()]
-    needed = _blocks_bytes(layout, scorer) + sum(_tiled_bytes(*buffer) for buffer in scratch)
+    needed = _blocks_bytes(layout, scorer) + sum(_tiled_bytes(shape, dtype) for shape, dtype in scratch)
     needed += sum(2 * _tiled_bytes(block, dtype) for _, dtype, block, _ in out)
     arrays = _arrays(scorer)
     pairs = layout.batch * layout.num_rows * layout.num_keys
@@ -494,7 +494,7 @@ def select(
     )
     count, threshold, tie_cut = (layout.by_sequence(chosen[:, i]) for i in range(3))
     indices = None
-    if lists:
+    if list_size is not None:
         indices = lists[0] if layout.cell == SUBLANES else layout.by_sequence(lists[0])
         missing = list_size - indices.shape[2]
         indices = jnp.pad(indices, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
