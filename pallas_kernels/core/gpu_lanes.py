@@ -33,6 +33,7 @@ SCRATCH = _WARPS * max(
     MAX_VECTORS, MAX_SCALARS
 )  # int32 of shared memory that a kernel lends to `append` and `reduce`
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_INT32, _FLOAT32 = jnp.dtype(jnp.int32), jnp.dtype(jnp.float32)
 
 
 def sampled_load(ref, begin, span, size: int, *, interpreted: bool):
@@ -119,7 +120,7 @@ def append(hit, payloads: Sequence, lists: Sequence, base, scratch, *, layout, i
             _SCALAR,
             plgpu.RefType(),
         ),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), _INT32, layout=_SCALAR),
     )
     def pack(ctx, hit, *rest):
         del ctx
@@ -144,7 +145,7 @@ def reduce(vectors: Sequence, scratch, *, layout, kind: str, interpreted: bool):
 
     @plgpu.inline_mgpu(
         arg_types=(*[layout] * len(vectors), plgpu.RefType()),
-        return_type=tuple(plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR) for _ in vectors),
+        return_type=tuple(plgpu.ShapeDtypeStruct((), _INT32, layout=_SCALAR) for _ in vectors),
     )
     def fold(ctx, *args):
         del ctx
@@ -298,7 +299,7 @@ def add_rows(accs: Sequence, table, places, weights, size: int, *, interpreted: 
     @plgpu.inline_mgpu(
         arg_types=(*[layout] * len(accs), *[plgpu.RefType()] * 3),
         return_type=tuple(
-            plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=layout) for acc in accs
+            plgpu.ShapeDtypeStruct(acc.shape, _FLOAT32, layout=layout) for acc in accs
         ),
     )
     def add(ctx, *args):

@@ -425,7 +425,9 @@ def _arrays(scorer: Scorer) -> list[jax.Array]:
 def _call(kernel, op: str, layout: Layout, scorer: Scorer, scalars, limits, *, out, scratch, **kw):
     """Launches a kernel; `out` are (shape, dtype, block, index map), `scratch` what it has beside the scorer's."""
     scratch = [*scratch, *scorer.scratch.values()]
-    needed = _blocks_bytes(layout, scorer) + sum(_tiled_bytes(shape, dtype) for shape, dtype in scratch)
+    needed = _blocks_bytes(layout, scorer) + sum(
+        _tiled_bytes(shape, dtype) for shape, dtype in scratch
+    )
     needed += sum(2 * _tiled_bytes(block, dtype) for _, dtype, block, _ in out)
     arrays = _arrays(scorer)
     pairs = layout.batch * layout.num_rows * layout.num_keys
