@@ -29,9 +29,8 @@ _ROWS_IN_FLIGHT = 16  # rows that a lane reads a part of before it uses the firs
 GROUP = 8  # neighbours that `sampled_load` reads together: 32 bytes of float32, one sector of global memory
 MAX_VECTORS = 8  # register vectors a lane may hand to one `append`
 MAX_SCALARS = 16  # that one `reduce` returns
-SCRATCH = _WARPS * max(
-    MAX_VECTORS, MAX_SCALARS
-)  # int32 of shared memory that a kernel lends to `append` and `reduce`
+# int32 of shared memory that a kernel lends to `append` and `reduce`
+SCRATCH = _WARPS * max(MAX_VECTORS, MAX_SCALARS)
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _INT32, _FLOAT32 = jnp.dtype(jnp.int32), jnp.dtype(jnp.float32)
 
