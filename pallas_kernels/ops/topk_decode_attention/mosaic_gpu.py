@@ -34,15 +34,13 @@ from pallas_kernels.ops.topk_select import mosaic_gpu as topk_select
 _OP = "topk_decode_attention: mosaic_gpu"
 _TILE = 128  # keys of a step of the tensor-core score kernel
 _ROW_TILE = 64  # and of the other one: the rows of one register tile
-_STAGES, _STAGE_BYTES = (
-    4,
-    96 * 1024,
-)  # key tiles in flight: so many, or fewer if they would take more bytes
+# Key tiles in flight: so many, or fewer if they would take more bytes.
+_STAGES, _STAGE_BYTES = 4, 96 * 1024
 _LANES = 128  # lanes of a warpgroup
 _PART = 128  # listed keys that the attend kernel takes at a time
 _SPLIT_KEYS = 4096  # scored by one block
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
-_ATTEND_BLOCKS = 2112  # of the attend kernel, which waits for memory most of the time: sixteen
+_ATTEND_BLOCKS = 2112  # and of the attend kernel, which mostly waits for memory: sixteen
 _MAX_HEAD_SIZE = 256
 _QUERY_REGISTERS = 96  # registers a lane may spend on keeping the group's queries
 _SWIZZLE = 128  # bytes
