@@ -71,3 +71,9 @@ def resolve[Sizes](
         return cls(**entry)
     _report_miss(device, op, key)
     return heuristic()
+
+
+def even_splits(tiles: int, wanted: int) -> int:
+    """Returns in how many parts `tiles` are divided, about as many as wanted and none of them empty."""
+    share = -(-tiles // max(1, min(wanted, tiles)))
+    return -(-tiles // share)

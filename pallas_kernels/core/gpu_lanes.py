@@ -64,7 +64,7 @@ def sampled_load(ref, begin, span, size: int, *, interpreted: bool):
     def load(ctx, ref, begin, span):
         del ctx
         begin, span = begin.registers.item(), span.registers.item()
-        lane = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+        lane = _thread()
         element = ir.MemRefType(ref.type).element_type
         pointer = mgpu.utils.memref_ptr(ref)
         vector = ir.VectorType.get((1,), element)
@@ -162,8 +162,7 @@ def _reduce(vectors, scratch, kind):
         "add": (arith.addi, nvvm.ReductionKind.ADD),
         "max": (arith.maxsi, nvvm.ReductionKind.MAX),
     }[kind]
-    thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
-    lane, warp = arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(5))
+    lane, warp = _lane_and_warp()
     first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, _c(0))
     i32 = ir.IntegerType.get_signless(32)
     for v, vector in enumerate(vectors):
@@ -187,8 +186,7 @@ def _pack(hit, payloads, lists, base, scratch, capacity):
     """Emits the body of `append`; returns the number of hits."""
     i32 = ir.IntegerType.get_signless(32)
     vectors, width = hit.registers.size, hit.layout.vec_size
-    thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
-    lane, warp = arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(5))
+    lane, warp = _lane_and_warp()
     below = arith.subi(arith.shli(_c(1), lane), _c(1))  # bits of the warp's lower lanes
     first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, _c(0))
 
@@ -416,7 +414,7 @@ def _read_rows(table, places, size: int, together: int, vector: int):
     element, width = kind.element_type, kind.shape[1]
     (row_stride, _), _ = kind.get_strides_and_offset()
     lanes_per_row = _LANES // together
-    thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+    thread = _thread()
     first = arith.shrui(thread, _c(lanes_per_row.bit_length() - 1))
     column = arith.muli(arith.andi(thread, _c(lanes_per_row - 1)), _c(vector))
     column = arith.minsi(column, _c(width - vector))
@@ -459,8 +457,7 @@ def store_columns(acc, ref, begin, columns: int, *, interpreted: bool):
         begin = begin.registers.item()
         base = mgpu.utils.memref_ptr(ref)
         (row_stride, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
-        thread = arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
-        lane, warp = arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(5))
+        lane, warp = _lane_and_warp()
         # A warp holds 16 rows of each 64; four lanes share a row, two neighbours each, and then come rows 8 further.
         row = arith.addi(arith.muli(warp, _c(16)), arith.shrui(lane, _c(2)))
         column = arith.muli(arith.andi(lane, _c(3)), _c(2))
@@ -481,6 +478,17 @@ def store_columns(acc, ref, begin, columns: int, *, interpreted: bool):
 def _c(value: int) -> Any:
     """An int32 constant; its type in MLIR's stubs is wider than what their operations take."""
     return mgpu.c(value if value < 2**31 else value - 2**32, ir.IntegerType.get_signless(32))
+
+
+def _thread():
+    """The lane's number in its warpgroup, 0 to 127."""
+    return arith.andi(mgpu.utils.thread_idx(), _c(_LANES - 1))
+
+
+def _lane_and_warp():
+    """The lane's number in its warp, and the warp's in its warpgroup."""
+    thread = _thread()
+    return arith.andi(thread, _c(_WARP - 1)), arith.shrui(thread, _c(_WARP.bit_length() - 1))
 
 
 def _extract(register, index: int):

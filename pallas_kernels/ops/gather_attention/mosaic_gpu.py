@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, online_softmax, varying
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.ops.gather_attention import xla
@@ -130,8 +131,7 @@ def _attend(query, key, value, indices, scale):
     options = interpret_options()
     heads = _heads_of_a_block(n, k, scopes)
     slots = pl.cdiv(size, _PART) * _PART
-    wanted = max(1, min(pl.cdiv(_BLOCKS, b * t * (n // heads)), slots // _PART))
-    splits = pl.cdiv(slots // _PART, pl.cdiv(slots // _PART, wanted))
+    splits = block_sizes_.even_splits(slots // _PART, pl.cdiv(_BLOCKS, b * t * (n // heads)))
     pitch = pl.cdiv(h, _LANES) * _LANES
     query = jnp.pad(query.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, pitch - h)))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, slots - size)), constant_values=-1)

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, masks, online_softmax, selection
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.interpret import interpret_options
@@ -253,13 +254,6 @@ def _attend_kernel(
     total_ref[split, b, head] = jnp.sum(total)
 
 
-def _splits(blocks: int, tiles: int, wanted: int | None) -> int:
-    """Returns in how many parts `tiles` are divided, none of them empty."""
-    wanted = pl.cdiv(_BLOCKS, blocks) if wanted is None else wanted
-    share = pl.cdiv(tiles, max(1, min(wanted, tiles)))
-    return pl.cdiv(tiles, share)
-
-
 def _check(query, key, value, block_sizes):
     dtype = query.dtype.name
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -354,7 +348,7 @@ def _scores(query, key, start, end, scale, wanted):
     padded = pl.cdiv(num_keys, _LANES) * _LANES
     # Sequences may differ in length: parts of at most `_SPLIT_KEYS` spread a long one over the device.
     wanted = wanted or max(pl.cdiv(_BLOCKS, b * k), num_keys // _SPLIT_KEYS)
-    splits = _splits(b * k, num_keys // tile, wanted)
+    splits = block_sizes_.even_splits(num_keys // tile, wanted)
     stages = max(2, min(_STAGES, _STAGE_BYTES // (tile * h * key.dtype.itemsize)))
     grid = {"grid": (b, k, splits), "grid_names": ("batch", "kv_head", "split")}
     if not tensor_cores:
@@ -397,7 +391,7 @@ def _attend(scores, places, counts, value, wanted):
     room = pl.cdiv(size, _PART) * _PART
     widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - size)))
     wanted = wanted or pl.cdiv(_ATTEND_BLOCKS, b * n)
-    splits = _splits(b * n, room // _PART, wanted)
+    splits = block_sizes_.even_splits(room // _PART, wanted)
     partial_row = jax.ShapeDtypeStruct((splits, b, n), jnp.float32)
     acc, m, total = plgpu.kernel(
         functools.partial(
