@@ -95,3 +95,12 @@ def _interpreters_start_clean():
     compat = sys.modules.get("pallas_kernels.core.compat")
     if compat is not None:
         compat.reset_interpreters()
+
+
+@pytest.fixture(scope="module")
+def in_a_hurry():
+    """Leaves out most of XLA's optimizations, for modules whose tests cost little but their compilation."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

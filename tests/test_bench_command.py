@@ -19,14 +19,7 @@ from jaxtopk.decoding.timing import time_decoding
 from jaxtopk.evaluation.settings import make_settings
 from tests.evaluation import tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_a_hurry():
-    """Compiling is most of what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,7 @@ B, N, K, H = 2, 4, 2, 8
 TOPKS = (5, 1, 500)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _in_a_hurry():
-    """Compiling is most of what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture

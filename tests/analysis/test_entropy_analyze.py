@@ -31,13 +31,7 @@ TOPKS = (3, 1)
 SPARSE = TopKAttention(topk=2, implementation="reference")  # which compiles least
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _in_a_hurry():
-    """Compiling is most of what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,14 +14,7 @@ from experiments.topk_ratio import entropy, entropy_tables, tables
 from jaxtopk.analysis.correlation import head_loss_correlation
 from jaxtopk.analysis.measured_rows import MeasuredRows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_a_hurry():
-    """Compiling is most of what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture(scope="module")
