@@ -55,43 +55,44 @@ def summary() -> str:
 
 
 def figure(name: str) -> str:
-    """Draws the latest run.
+    """Draws the latest run that has a curve.
 
     Raises:
-      ValueError: it has too few rows for a curve.
+      ValueError: none has.
     """
-    drawn = FIGURES[name][0](shown())
+    drawn = _drawn(name)
     if drawn is None:
         raise ValueError(f"results: got too few rows in {RESULTS.name}, wanted a curve for {name}")
-    return drawn
+    return drawn[1]
 
 
 def figure_links(prefix: str) -> str:
     """Returns the images, by paths relative to a page that lies `prefix` above this folder."""
-    links = [
-        f"![{shows}]({prefix}results/{name})"
-        for name, (_, shows) in FIGURES.items()
-        if rows_digest(name) is not None
-    ]
+    links, devices = [], {}
+    for name, (_, shows) in FIGURES.items():
+        if (drawn := _drawn(name)) is not None:
+            links.append(f"![{shows}]({prefix}results/{name})")
+            devices[f"{drawn[0][0]['device']}, commit {drawn[0][0]['commit']}"] = None
     if not links:
         return _NONE_YET
-    return "\n\n".join([*links, f"*One {shown()[0]['device']}.*"])
+    return "\n\n".join([*links, f"*One {'; '.join(devices)}.*"])
 
 
 def rows_digest(name: str) -> str | None:
     """Returns the fingerprint that a figure of the present rows carries; None where they make no curve."""
-    rows = shown()
-    return results.digest(rows) if rows and FIGURES[name][0](rows) is not None else None
+    drawn = _drawn(name)
+    return None if drawn is None else results.digest(drawn[0])
 
 
-def shown() -> list[results.Row]:
-    """Returns the rows of the latest run, of an accelerator where there is one."""
-    rows = [row for row in committed() if row["platform"] != "cpu"] or list(committed())
-    if not rows:
-        return []
-    latest = sorted(rows, key=lambda row: row["date"])[-1]  # of one day, the last one filed
-    same = ("device", "commit")
-    return [row for row in rows if all(row[name] == latest[name] for name in same)]
+def _drawn(name: str) -> tuple[list[results.Row], str] | None:
+    """Returns a figure and the rows of one card and commit that it shows: the latest that make one, of an accelerator if any do."""
+    accelerated = [row for row in committed() if row["platform"] != "cpu"]
+    runs = list(results.groups(accelerated or committed(), "device", "commit").values())
+    runs.sort(key=lambda rows: max(row["date"] for row in rows))  # of one day, as they are filed
+    for rows in reversed(runs):
+        if (drawn := FIGURES[name][0](rows)) is not None:
+            return rows, drawn
+    return None
 
 
 def _table(rows: list[results.Row]) -> str:
