@@ -19,6 +19,14 @@ if PLATFORM not in _JAX_PLATFORMS:
 os.environ["JAX_PLATFORMS"] = _JAX_PLATFORMS[PLATFORM]
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
+if PLATFORM == "cpu":
+    # Compiling takes most of the time, and how well XLA does it is not what is tested: a simulated GPU kernel costs a
+    # processor 2.2 s like this, 5.7 s by default. `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as for a user.
+    # Subprocesses inherit both.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    )
 if PLATFORM != "tpu":
     # libtpu as a compiler only: do not look for a TPU, and let parallel test processes share the library.
     os.environ |= {
@@ -95,12 +103,3 @@ def _interpreters_start_clean():
     compat = sys.modules.get("pallas_kernels.core.compat")
     if compat is not None:
         compat.reset_interpreters()
-
-
-@pytest.fixture(scope="module")
-def in_a_hurry():
-    """Leaves out most of XLA's optimizations, for modules whose tests cost little but their compilation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

@@ -18,9 +18,6 @@ TEXT = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A tiny random model of 96 tokens and a context of 64, with a tokenizer of one token a character."""

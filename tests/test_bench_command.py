@@ -19,8 +19,6 @@ from jaxtopk.decoding.timing import time_decoding
 from jaxtopk.evaluation.settings import make_settings
 from tests.evaluation import tiny
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:

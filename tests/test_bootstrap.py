@@ -143,6 +143,12 @@ def test_the_second_setup_does_nothing(checkout):
     assert bootstrap(checkout)[:2] == (0, [])
 
 
+def test_requirements_come_alone_and_are_not_the_project(checkout):
+    assert bootstrap(checkout, "--requirements")[:2] == (0, ["venv", "pip requirements.txt"])
+    assert bootstrap(checkout, "--requirements")[:2] == (0, [])
+    assert bootstrap(checkout)[:2] == (0, ["pip ."])
+
+
 def test_an_extra_is_added_to_what_is_there(checkout):
     bootstrap(checkout)
     assert bootstrap(checkout, "cuda13")[:2] == (0, ["pip .[cuda13]"])

@@ -18,9 +18,6 @@ B, N, K, H = 2, 4, 2, 8
 TOPKS = (5, 1, 500)
 
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
-
-
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -31,9 +31,6 @@ TOPKS = (3, 1)
 SPARSE = TopKAttention(topk=2, implementation="reference")  # which compiles least
 
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
-
-
 @pytest.fixture(scope="module")
 def model():
     """Weights large enough that heads prefer some keys."""

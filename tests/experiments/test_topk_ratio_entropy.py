@@ -14,8 +14,6 @@ from experiments.topk_ratio import entropy, entropy_tables, tables
 from jaxtopk.analysis.correlation import head_loss_correlation
 from jaxtopk.analysis.measured_rows import MeasuredRows
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
