@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from experiments.kernel_latency import tables as kernel_latency
+from experiments.long_decode import tables as long_decode
 from experiments.quickstart import tables as quickstart
 from experiments.topk_ratio import entropy_tables as topk_ratio_entropy
 from experiments.topk_ratio import tables as topk_ratio
@@ -45,6 +46,8 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "quickstart-summary": quickstart.summary,
         "operations": operations,
         "kernel-latency": kernel_latency.summary,
+        "long-decode-figure": lambda: long_decode.figure_link("experiments/long_decode/"),
+        "long-decode": long_decode.summary,
         "topk-ratio-figure": lambda: topk_ratio.figure_link("experiments/topk_ratio/"),
     },
     "experiments/quickstart/README.md": {
@@ -54,6 +57,10 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "experiments/kernel_latency/README.md": {
         "figures": lambda: kernel_latency.figure_links(""),
         "tables": kernel_latency.tables,
+    },
+    "experiments/long_decode/README.md": {
+        "figure": lambda: long_decode.figure_link(""),
+        "tables": long_decode.tables,
     },
     "experiments/topk_ratio/README.md": {
         "figure": lambda: topk_ratio.figure_link(""),
@@ -80,6 +87,9 @@ FIGURES: Mapping[str, Drawing] = {
         quickstart.figure, lambda: quickstart.rows_digest() if quickstart.committed() else None
     ),
     "experiments/topk_ratio/results/ratio.svg": Drawing(topk_ratio.figure, topk_ratio.rows_digest),
+    "experiments/long_decode/results/context.svg": Drawing(
+        long_decode.figure, long_decode.rows_digest
+    ),
     **{
         f"experiments/topk_ratio/results/{name}": Drawing(
             functools.partial(topk_ratio_entropy.figure, name), topk_ratio_entropy.rows_digest

@@ -36,6 +36,8 @@ class ShardingConfig:
     up_weight_ldf: Spec = (None, "fsdp", "tensor")  # the gate too
     up_bias_lf: Spec = (None, "tensor")
     down_weight_lfd: Spec = (None, "tensor", "fsdp")
+    index_query_weight_ldij: Spec = (None, "fsdp", None, None)  # one choice for all heads: whole
+    index_weight_ldj: Spec = (None, "fsdp", None)  # of the indexer's key, and of its head weights
     batch_bt: Spec = (_BATCH, None)  # tokens, segment ids, positions, masks
     act_btd: Spec = (_BATCH, None, None)
     cache_bskh: Spec = (_BATCH, None, "tensor", None)
@@ -70,6 +72,10 @@ class ShardingConfig:
                 return self.up_bias_lf
             case "down_weight":
                 return self.down_weight_lfd
+            case "query_weight":
+                return self.index_query_weight_ldij
+            case "key_weight" | "head_weight":
+                return self.index_weight_ldj
         return ()
 
 

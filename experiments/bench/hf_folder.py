@@ -27,12 +27,11 @@ def write(model: DecoderLM, folder: pathlib.Path) -> None:
     """Writes config.json and model.safetensors in the parameters' own dtype.
 
     Raises:
-      ValueError: the model has a part that a plain Llama has not (biases, q/k norms, windows, scaled rope).
+      ValueError: the model has a part that a plain Llama has not (biases, q/k norms, windows, scaled rope, an indexer).
     """
     config = model.config
-    plain = not (
-        config.qkv_bias or config.out_bias or config.mlp_bias or config.qk_norm or config.windows
-    )
+    parts = (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm, config.windows)
+    plain = not any((*parts, config.indexer))
     if config.architecture != "llama" or not plain or not isinstance(config.rope, DefaultRope):
         raise ValueError(
             f"model: got {config}, wanted a plain Llama without biases, windows or scaled rope"

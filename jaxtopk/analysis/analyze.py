@@ -65,9 +65,9 @@ def analyze_tokens(
 
 @functools.partial(jax.jit, static_argnames="topks")
 def _analyze(model, tokens, lengths, segment_ids, sparse_rows, *, topks) -> TokenAnalysis:
-    def attend(strategy, query, key, value, *, window, segment_ids, sparse_rows):
+    def attend(strategy, query, key, value, *, window, segment_ids, sparse_rows, index=None):
         common = {"window": window, "lengths": lengths, "sparse_rows": sparse_rows}
-        out = strategy.attend(query, key, value, segment_ids=segment_ids, **common)
+        out = strategy.attend(query, key, value, segment_ids=segment_ids, index=index, **common)
         found = attention_entropy(
             query,
             key,
@@ -154,6 +154,10 @@ def _analyze_reply(
     turned = jnp.arange(length, dtype=jnp.int32)[None] >= turn[:, None]
 
     def attend(strategy, query, key, value, *, window, **_):
+        if strategy.needs_index:
+            raise ValueError(
+                f"model: got attention {strategy}, wanted full or Top-k attention to follow a reply"
+            )
         prompt = strategy.prefill_strategy()
         out, rows = prompt.attend(query, key, value, window=window), cut(query, first)
         if prompt != strategy:

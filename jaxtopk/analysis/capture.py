@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxtopk.analysis.online_entropy import EntropyPartials, entropy_partials
-from jaxtopk.attention.base import AttentionStrategy
+from jaxtopk.attention.base import AttentionStrategy, Index
 from jaxtopk.attention.full import FullAttention
 from jaxtopk.attention.topk import TopKAttention
 
@@ -36,6 +36,7 @@ def attend_with_statistics(
     *,
     lengths: Int32[Array, "B"],
     window: int | None,
+    index: Index | None = None,
 ) -> tuple[Float[Array, "B N V"], RowStatistics]:
     """Attends as the strategy does, and measures each row's entropy and kept mass; scores once more to know all there is.
 
@@ -44,6 +45,7 @@ def attend_with_statistics(
     Raises:
       ValueError: the strategy is not one whose decode rows are full or exact Top-k.
     """
+    del index  # of strategies that are refused below
     b, n, h = query.shape
     counts = lengths if window is None else jnp.minimum(lengths, window)
     visible = jnp.broadcast_to(counts[:, None], (b, n))

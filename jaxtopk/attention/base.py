@@ -6,8 +6,22 @@ strategies call kernels.
 
 import abc
 import dataclasses
+from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+
+class Index(NamedTuple):
+    """What a model's lightning indexer says of the rows and the keys at hand: I heads of size J, positions already encoded.
+
+    query: [B, T, I, J] of whole sequences; [B, I, J] of one decoded row a sequence.
+    key: [B, S, J], one for all heads, in the order of the attention's own keys.
+    head_weights: [B, T, I], or [B, I]; scales included.
+    """
+
+    query: Float[Array, "B *T I J"]
+    key: Float[Array, "B S J"]
+    head_weights: Float32[Array, "B *T I"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +40,7 @@ class AttentionStrategy(abc.ABC):
         lengths: Int32[Array, "B"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         sparse_rows: Bool[Array, "B T"] | None = None,
+        index: Index | None = None,
     ) -> Float[Array, "B T N V"]:
         """Attends the causal rows of whole sequences: training, scoring and prefill.
 
@@ -36,6 +51,7 @@ class AttentionStrategy(abc.ABC):
           lengths: valid keys of each sequence; None means all. Where T == S, rows past them are garbage, but finite.
           segment_ids: documents of a packed batch (T == S); rows see their own document only.
           sparse_rows: False where a row is to be dense whatever the strategy; None means the strategy's rule everywhere.
+          index: where `needs_index`, what the model's indexer says of these rows and keys.
         """
 
     @abc.abstractmethod
@@ -48,6 +64,7 @@ class AttentionStrategy(abc.ABC):
         lengths: Int32[Array, "B"],
         scale: float | None = None,
         window: int | None = None,
+        index: Index | None = None,
     ) -> Float[Array, "B N V"]:
         """Attends one new row a sequence to the first `lengths` keys of its cache, its own key being the last of them."""
 
@@ -59,6 +76,11 @@ class AttentionStrategy(abc.ABC):
     def prefill_strategy(self) -> "AttentionStrategy":
         """Returns the attention of the prompt's rows; the last `suffix_tokens` of them are decoded instead."""
         return self
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether it chooses keys by an `Index`, so that the model has to have an indexer."""
+        return False
 
     @property
     def suffix_tokens(self) -> int:

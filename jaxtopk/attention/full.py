@@ -34,9 +34,10 @@ class FullAttention(AttentionStrategy):
         lengths=None,
         segment_ids=None,
         sparse_rows=None,
+        index=None,
     ):
         """See `AttentionStrategy.attend`; `sparse_rows` changes nothing here."""
-        del sparse_rows
+        del sparse_rows, index
         b, t, n, h = query.shape
         s = key.shape[1]
         if segment_ids is None and t == s and _has_cudnn(query, value):
@@ -77,8 +78,9 @@ class FullAttention(AttentionStrategy):
             )
         return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
-    def decode(self, query, key, value, *, lengths, scale=None, window=None):
+    def decode(self, query, key, value, *, lengths, scale=None, window=None, index=None):
         """See `AttentionStrategy.decode`. Values past `lengths` get weight 0, so they have to be finite, as a cache's are."""
+        del index
         index = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         mask = index < lengths[:, None]
         if window is not None:

@@ -19,7 +19,8 @@ class OverMesh(AttentionStrategy):
 
     Compilers cannot split a hand-written kernel by themselves; here each device runs it on what it holds, and nothing is
     sent. The mesh is the one entered with `jax.set_mesh`; outside of any this is `strategy` itself. Heads that share one
-    selection over all of them (scope "layer"), or do not divide, stay whole.
+    selection over all of them (scope "layer"), or do not divide, stay whole. What an indexer selects all heads share too, but
+    it reads little: each device selects for its own heads.
 
     Args:
       strategy: any; one budget a sequence goes by the order within a device, so a device must hold a multiple of them.
@@ -41,16 +42,23 @@ class OverMesh(AttentionStrategy):
         lengths=None,
         segment_ids=None,
         sparse_rows=None,
+        index=None,
     ):
         """See `AttentionStrategy.attend`."""
         attend = functools.partial(self.strategy.attend, scale=scale, window=window)
-        rows = {"lengths": lengths, "segment_ids": segment_ids, "sparse_rows": sparse_rows}
+        rows = {
+            "lengths": lengths,
+            "segment_ids": segment_ids,
+            "sparse_rows": sparse_rows,
+            "index": index,
+        }
         return self._split(attend, query, key, value, rows, query_rank=4)
 
-    def decode(self, query, key, value, *, lengths, scale=None, window=None):
+    def decode(self, query, key, value, *, lengths, scale=None, window=None, index=None):
         """See `AttentionStrategy.decode`."""
         decode = functools.partial(self.strategy.decode, scale=scale, window=window)
-        return self._split(decode, query, key, value, {"lengths": lengths}, query_rank=3)
+        rows = {"lengths": lengths, "index": index}
+        return self._split(decode, query, key, value, rows, query_rank=3)
 
     def layer(self, index, num_layers):
         """See `AttentionStrategy.layer`."""
@@ -61,13 +69,18 @@ class OverMesh(AttentionStrategy):
         return OverMesh(strategy=self.strategy.prefill_strategy())
 
     @property
+    def needs_index(self):
+        """See `AttentionStrategy.needs_index`."""
+        return self.strategy.needs_index
+
+    @property
     def suffix_tokens(self):
         """See `AttentionStrategy.suffix_tokens`."""
         return self.strategy.suffix_tokens
 
     def _split(self, attend, query, key, value, rows, *, query_rank):
         mesh = jax.sharding.get_abstract_mesh()
-        rows = {name: array for name, array in rows.items() if array is not None}
+        rows = {name: arrays for name, arrays in rows.items() if arrays is not None}
         if mesh.empty or not set(AXES) <= set(mesh.axis_names):
             return attend(query, key, value, **rows)
         devices = math.prod(mesh.shape[axis] for axis in _BATCH)

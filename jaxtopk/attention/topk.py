@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from jaxtopk.attention.base import AttentionStrategy
-from jaxtopk.attention.full import FullAttention
+from jaxtopk.attention.sparse import SparseAttention
 from pallas_kernels import Implementation, budget_from_ratio
 from pallas_kernels.core.selection import row_budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopKAttention(AttentionStrategy):
+class TopKAttention(SparseAttention):
     """Softmax over the `topk` best keys of each row, renormalised.
 
     Source: arXiv:2512.03494. Exactly one of `topk` and `topk_ratio` is given. In a whole-sequence call (training, scoring)
@@ -27,10 +26,6 @@ class TopKAttention(AttentionStrategy):
       min_topk: the least a ratio keeps.
       scope: "head", "group" or "layer": which heads share one set.
       pooling: how a shared scope ranks its keys.
-      prefill: "full" leaves prompt rows dense, "topk" makes them sparse too.
-      sparse_suffix: how many last prompt tokens go through Top-k rows even when the prefill is full; with 0 the first new
-        token comes from a dense row.
-      layers: the layers that are sparse; None means all. The others run full attention.
       implementation: which kernels; None takes the platform's own.
     """
 
@@ -39,9 +34,6 @@ class TopKAttention(AttentionStrategy):
     min_topk: int = 1
     scope: Literal["head", "group", "layer"] = "head"
     pooling: Literal["prob_sum", "prob_max", "score_mean", "score_max"] = "prob_sum"
-    prefill: Literal["full", "topk"] = "full"
-    sparse_suffix: int = 1
-    layers: tuple[int, ...] | None = None
     implementation: Implementation = None
 
     def __post_init__(self):
@@ -53,10 +45,7 @@ class TopKAttention(AttentionStrategy):
             if getattr(self, name) == ():
                 raise ValueError(f"TopKAttention: {name} got (), wanted at least one budget")
         for topk in _each(self.topk):
-            if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk < 2**31:
-                raise ValueError(
-                    f"TopKAttention: topk got {topk!r}, wanted an int >= 1 and below 2**31"
-                )
+            self._check_topk(topk)
         for ratio in _each(self.topk_ratio):
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
                 raise ValueError(
@@ -64,19 +53,9 @@ class TopKAttention(AttentionStrategy):
                 )
         if self.min_topk < 1:
             raise ValueError(f"TopKAttention: min_topk got {self.min_topk}, wanted at least 1")
-        if self.sparse_suffix < 0:
-            raise ValueError(
-                f"TopKAttention: sparse_suffix got {self.sparse_suffix}, wanted at least 0"
-            )
-        for name, wanted in (
-            ("scope", ("head", "group", "layer")),
-            ("pooling", ("prob_sum", "prob_max", "score_mean", "score_max")),
-            ("prefill", ("full", "topk")),
-        ):
-            if (got := getattr(self, name)) not in wanted:
-                raise ValueError(
-                    f"TopKAttention: {name} got {got!r}, wanted one of {', '.join(map(repr, wanted))}"
-                )
+        super().__post_init__()
+        self._check_choice("scope", ("head", "group", "layer"))
+        self._check_choice("pooling", ("prob_sum", "prob_max", "score_mean", "score_max"))
 
     def attend(
         self,
@@ -89,8 +68,10 @@ class TopKAttention(AttentionStrategy):
         lengths=None,
         segment_ids=None,
         sparse_rows=None,
+        index=None,
     ):
         """See `AttentionStrategy.attend`: every row keeps its own budget of keys."""
+        del index
         if isinstance(self.topk_ratio, tuple):
             raise ValueError(
                 f"TopKAttention: topk_ratio got {self.topk_ratio} for whole sequences, wanted one number (tuples are for decoding)"
@@ -125,8 +106,9 @@ class TopKAttention(AttentionStrategy):
             None if sparse_rows is None else ~sparse_rows,
         )
 
-    def decode(self, query, key, value, *, lengths, scale=None, window=None):
+    def decode(self, query, key, value, *, lengths, scale=None, window=None, index=None):
         """See `AttentionStrategy.decode`."""
+        del index
         out = self._decode(query, key, value, lengths, scale, window, return_residuals=False)
         return cast(jax.Array, out)  # a pair only with residuals
 
@@ -161,23 +143,6 @@ class TopKAttention(AttentionStrategy):
             implementation=self.implementation,
             return_residuals=return_residuals,
         )
-
-    def layer(self, index, num_layers):
-        """See `AttentionStrategy.layer`; refuses layers that the model does not have."""
-        if self.layers is None:
-            return self
-        for wrong in (i for i in self.layers if not 0 <= i < num_layers):
-            raise ValueError(f"TopKAttention: layers got {wrong}, wanted 0 to {num_layers - 1}")
-        return dataclasses.replace(self, layers=None) if index in self.layers else FullAttention()
-
-    def prefill_strategy(self):
-        """See `AttentionStrategy.prefill_strategy`."""
-        return FullAttention() if self.prefill == "full" else self
-
-    @property
-    def suffix_tokens(self):
-        """Prompt tokens decoded after a full prefill; a sparse prefill needs none."""
-        return self.sparse_suffix if self.prefill == "full" else 0
 
     def _check_batch(self, settings: int, batch: int) -> None:
         if batch % settings:

@@ -26,6 +26,8 @@ class KVCache:
     lengths: Int32[
         Array, "B"
     ]  # valid tokens of each sequence; the next one is written at this index
+    # The indexer's keys, of models that have one, else None.
+    index_key: tuple[Float[Array, "B S J"], ...] | None = None
 
     @classmethod
     def create(
@@ -34,7 +36,7 @@ class KVCache:
         """Returns an empty cache.
 
         Args:
-          config: gives L, K and H.
+          config: gives L, K and H, and J where there is an indexer.
           batch: B, sequences.
           capacity: S, tokens of the prompt and the continuation together.
           dtype: of keys and values.
@@ -45,12 +47,19 @@ class KVCache:
         for name, got in (("batch", batch), ("capacity", capacity)):
             if got < 1:
                 raise ValueError(f"{name}: got {got}, wanted at least 1")
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
 
-        def layers() -> tuple[Array, ...]:
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        def layers(*row: int) -> tuple[Array, ...]:
+            return tuple(
+                jnp.zeros((batch, capacity, *row), dtype) for _ in range(config.num_layers)
+            )
 
-        return cls(key=layers(), value=layers(), lengths=jnp.zeros((batch,), jnp.int32))
+        row = config.num_kv_heads, config.head_dim
+        return cls(
+            key=layers(*row),
+            value=layers(*row),
+            lengths=jnp.zeros((batch,), jnp.int32),
+            index_key=None if config.indexer is None else layers(config.indexer.head_dim),
+        )
 
     @property
     def capacity(self) -> int:
@@ -75,12 +84,20 @@ class KVCache:
         wanted = self.key[0].shape, self.key[0].dtype
         if len(wanted[0]) != 4:
             raise ValueError(f"KVCache.key: got shape {wanted[0]}, wanted [B, S, K, H]")
-        for name, layers in (("key", self.key), ("value", self.value)):
+        checked = [("key", self.key, wanted), ("value", self.value, wanted)]
+        if self.index_key is not None:
+            if len(self.index_key) != len(self.key):
+                raise ValueError(
+                    f"KVCache.index_key: got {len(self.index_key)} layers, wanted {len(self.key)}, or None"
+                )
+            shape = (*wanted[0][:2], *self.index_key[0].shape[2:3])
+            checked.append(("index_key", self.index_key, (shape, wanted[1])))
+        for name, layers, (shape, dtype) in checked:
             for index, layer in enumerate(layers):
-                if (layer.shape, layer.dtype) != wanted:
+                if (layer.shape, layer.dtype) != (shape, dtype):
                     raise ValueError(
                         f"KVCache.{name}[{index}]: got {layer.dtype}{list(layer.shape)}, "
-                        f"wanted {wanted[1]}{list(wanted[0])}"
+                        f"wanted {dtype}{list(shape)}"
                     )
         if self.lengths.shape != wanted[0][:1] or self.lengths.dtype != jnp.int32:
             raise ValueError(
@@ -89,19 +106,20 @@ class KVCache:
 
 
 def write_prefix(
-    cached: Float[Array, "B S K H"], new: Float[Array, "B T K H"]
-) -> Float[Array, "B S K H"]:
+    cached: Float[Array, "B S *row"], new: Float[Array, "B T *row"]
+) -> Float[Array, "B S *row"]:
     """Returns `cached` with rows 0..T-1 replaced by `new`."""
-    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), (0, 0, 0, 0))
+    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), (0,) * cached.ndim)
 
 
 def write_row(
-    cached: Float[Array, "B S K H"], new: Float[Array, "B K H"], lengths: Int32[Array, "B"]
-) -> Float[Array, "B S K H"]:
+    cached: Float[Array, "B S *row"], new: Float[Array, "B *row"], lengths: Int32[Array, "B"]
+) -> Float[Array, "B S *row"]:
     """Returns `cached` with row `lengths[b]` of each sequence replaced; `lengths` must be below the capacity."""
     new = new.astype(cached.dtype)
     if cached.shape[0] == 1:
-        written = jax.lax.dynamic_update_slice(cached, new[:, None], (0, lengths[0], 0, 0))
+        place = (0, lengths[0], *(0,) * (cached.ndim - 2))
+        written = jax.lax.dynamic_update_slice(cached, new[:, None], place)
     else:
         batch = jnp.arange(cached.shape[0], dtype=lengths.dtype)
         written = cached.at[batch, lengths].set(

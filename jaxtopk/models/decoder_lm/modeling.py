@@ -8,10 +8,10 @@ from, so each is a few lines around `DecoderLayer.project` and `DecoderLayer.com
 Matrices are stored [in, out]: a decode step is bound by reading them, and that layout streams best on a CPU.
 """
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,37 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxtopk.attention.base import AttentionStrategy
+from jaxtopk.attention.base import AttentionStrategy, Index
 from jaxtopk.attention.full import FullAttention
 from jaxtopk.attention.rope import rope_tables, rotate
 from jaxtopk.decoding.kv_cache import KVCache, write_prefix, write_row
-from jaxtopk.models.decoder_lm.config import DecoderConfig
+from jaxtopk.models.decoder_lm.config import DecoderConfig, IndexerConfig
+from jaxtopk.models.decoder_lm.indexer import Indexer
+from jaxtopk.models.decoder_lm.linear import affine, einsum, normal
 from jaxtopk.sharding import ShardingConfig, constrain, param_name
 
 _ACT_BTD = ShardingConfig().act_btd
 
+
+class _Rotations(NamedTuple):
+    """cos and sin of the rows' positions: of attention's heads, and of the indexer's where there is one."""
+
+    attention: tuple[Array, Array]
+    index: tuple[Array, Array] | None
+
+
+class _Written(NamedTuple):
+    """What the rows of a layer leave in its cache."""
+
+    key: Array
+    value: Array
+    index_key: Array | None
+
+
 # What attention selected and what it found: selecting again is the dearest thing to repeat in a backward pass, and the
 # likeliest to come out differently.
 _KEPT_IN_REMAT = jax.checkpoint_policies.save_only_these_names(
-    "attended", "topk_threshold", "topk_tie_cut", "topk_pool_lse"
+    "attended", "topk_threshold", "topk_tie_cut", "topk_pool_lse", "index_selection"
 )
 
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -59,7 +77,7 @@ class DecoderLayer(nnx.Module):
         leading = (config.num_layers,) if stacked else ()
 
         def weight(shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-            return nnx.Param(_normal(rngs, leading + shape, fan_in**-0.5, dtype))
+            return nnx.Param(normal(rngs, leading + shape, fan_in**-0.5, dtype))
 
         def full(shape: tuple[int, ...], value: float) -> nnx.Param:
             return nnx.Param(jnp.full(leading + shape, value, dtype))
@@ -87,6 +105,11 @@ class DecoderLayer(nnx.Module):
         self.gate_bias = optional(config.mlp_bias, (f,), 0.0)
         self.up_bias = optional(config.mlp_bias, (f,), 0.0)
         self.down_bias = optional(config.mlp_bias, (d,), 0.0)
+        self.indexer = (
+            None
+            if config.indexer is None
+            else Indexer(config, rngs=rngs, dtype=dtype, stacked=stacked)
+        )
 
     def project(
         self,
@@ -97,13 +120,23 @@ class DecoderLayer(nnx.Module):
         """Returns rotated query and key, and value, of the normalised residual stream."""
         epsilon = self.config.norm_epsilon
         x = rms_norm(x, self.attention_norm, epsilon)
-        query = _affine("...d,dnh->...nh", x, self.q_weight, self.q_bias)
-        key = _affine("...d,dkh->...kh", x, self.k_weight, self.k_bias)
-        value = _affine("...d,dkh->...kh", x, self.v_weight, self.v_bias)
+        query = affine("...d,dnh->...nh", x, self.q_weight, self.q_bias)
+        key = affine("...d,dkh->...kh", x, self.k_weight, self.k_bias)
+        value = affine("...d,dkh->...kh", x, self.v_weight, self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             query = rms_norm(query, self.q_norm, epsilon)
             key = rms_norm(key, self.k_norm, epsilon)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def index(
+        self,
+        x: Float[Array, "*batch D"],
+        cos: Float[Array, "*batch half"],
+        sin: Float[Array, "*batch half"],
+    ) -> Index:
+        """Returns what the indexer says of the residual stream, of which it sees what `project` sees."""
+        assert self.indexer is not None  # callers have looked at the configuration
+        return self.indexer(rms_norm(x, self.attention_norm, self.config.norm_epsilon), cos, sin)
 
     def combine(
         self, x: Float[Array, "*batch D"], attended: Float[Array, "*batch N H"]
@@ -112,19 +145,20 @@ class DecoderLayer(nnx.Module):
         # Flattened first: XLA CPU would copy the weight to contract two of its axes.
         attended = attended.reshape(*attended.shape[:-2], -1)
         out_weight = self.out_weight[...].reshape(attended.shape[-1], -1)
-        x = x + _affine("...c,cd->...d", attended, out_weight, self.out_bias)
+        x = x + affine("...c,cd->...d", attended, out_weight, self.out_bias)
         normed = rms_norm(x, self.mlp_norm, self.config.norm_epsilon)
-        gate = _affine("...d,df->...f", normed, self.gate_weight, self.gate_bias)
-        up = _affine("...d,df->...f", normed, self.up_weight, self.up_bias)
+        gate = affine("...d,df->...f", normed, self.gate_weight, self.gate_bias)
+        up = affine("...d,df->...f", normed, self.up_weight, self.up_bias)
         hidden = _ACTIVATIONS[self.config.activation](gate) * up
-        return x + _affine("...f,fd->...d", hidden, self.down_weight, self.down_bias)
+        return x + affine("...f,fd->...d", hidden, self.down_weight, self.down_bias)
 
 
 class DecoderLM(nnx.Module):
     """Llama-like decoder language model.
 
     Parameters (L layers, letters as in `DecoderConfig`): embed [V, D]; layers.* as `DecoderLayer` names them, with a
-    leading L; final_norm [D]; lm_head [D, V], or None where the embedding is the head.
+    leading L; layers.indexer.* as `Indexer` names them, where the configuration has one; final_norm [D]; lm_head [D, V], or
+    None where the embedding is the head.
 
     float32 parameters compute in true float32 on every device; bfloat16 parameters compute in bfloat16 with norms, softmax
     and logits in float32. `config` and `attention` are static: a model with another strategy is another pytree structure
@@ -138,16 +172,25 @@ class DecoderLM(nnx.Module):
         attention: AttentionStrategy = FullAttention(),
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
+        stacked: bool = True,
     ):
-        """Draws random parameters in `dtype`; see `from_params` for given ones."""
+        """Draws random parameters in `dtype`; see `from_params` for given ones.
+
+        Without `stacked` the layers are drawn apart, in the form of `unstacked`, and never lie in memory twice.
+        """
         v, d = config.vocab_size, config.embed_dim
         self.config = config
         self.attention = attention
-        self.embed = nnx.Param(_normal(rngs, (v, d), 0.02, dtype))
-        self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype, stacked=True)
+        self.embed = nnx.Param(normal(rngs, (v, d), 0.02, dtype))
+        if stacked:
+            self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype, stacked=True)
+        else:
+            self.layers = nnx.List(
+                [DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+            )
         self.final_norm = nnx.Param(jnp.ones((d,), dtype))
         self.lm_head = (
-            None if config.tied_embeddings else nnx.Param(_normal(rngs, (d, v), d**-0.5, dtype))
+            None if config.tied_embeddings else nnx.Param(normal(rngs, (d, v), d**-0.5, dtype))
         )
 
     @classmethod
@@ -189,6 +232,36 @@ class DecoderLM(nnx.Module):
         """Returns a model that shares these parameter arrays and attends as `attention` says."""
         model = jax.tree.map(lambda leaf: leaf, self)
         model.attention = attention
+        return model
+
+    def with_indexer(self, indexer: IndexerConfig | None = None, *, rngs: nnx.Rngs) -> "DecoderLM":
+        """Returns a model that shares these parameter arrays, and has an indexer in each layer, for `IndexerAttention`.
+
+        The indexer's weights are drawn at random, in the embedding's dtype: it costs what a trained one costs, but what it
+        selects means nothing until it is trained. Other strategies do not read it.
+
+        Args:
+          indexer: its sizes; None means `IndexerConfig.for_decoder`.
+          rngs: draws the weights.
+
+        Raises:
+          ValueError: the model has an indexer already.
+        """
+        if self.config.indexer is not None:
+            raise ValueError(
+                f"with_indexer: got a model that has {self.config.indexer}, wanted one without an indexer"
+            )
+        indexer = IndexerConfig.for_decoder(self.config) if indexer is None else indexer
+        config = dataclasses.replace(self.config, indexer=indexer)
+        model = jax.tree.map(lambda leaf: leaf, self)
+        model.config = config
+        stacked = not isinstance(model.layers, nnx.List)
+        for layer in [model.layers] if stacked else model.layers:
+            layer.config = config
+            # "data": the attribute was None, which holds no parameters.
+            layer.indexer = nnx.data(
+                Indexer(config, rngs=rngs, dtype=self.embed[...].dtype, stacked=stacked)
+            )
         return model
 
     def unstacked(self) -> "DecoderLM":
@@ -244,9 +317,15 @@ class DecoderLM(nnx.Module):
         if positions is None:
             positions = _positions(tokens, segment_ids)
 
-        def attend(strategy, window, query, key, value):
+        def attend(strategy, window, query, key, value, **indexed):
             return strategy.attend(
-                query, key, value, window=window, segment_ids=segment_ids, sparse_rows=sparse_rows
+                query,
+                key,
+                value,
+                window=window,
+                segment_ids=segment_ids,
+                sparse_rows=sparse_rows,
+                **indexed,
             ), None
 
         x, _, _ = self._sequence(
@@ -267,8 +346,8 @@ class DecoderLM(nnx.Module):
 
         Args:
           attend: called in each layer as attend(strategy, query [B,T,N,H], key [B,T,K,H], value [B,T,K,H], window=,
-            segment_ids=, sparse_rows=); returns what `strategy.attend` would, and a pytree of arrays, of the same shapes in
-            all layers. See `jaxtopk.analysis.analyze`.
+            segment_ids=, sparse_rows=), and index= where the strategy needs it; returns what `strategy.attend` would, and a
+            pytree of arrays, of the same shapes in all layers. See `jaxtopk.analysis.analyze`.
 
         Returns:
           What `hidden` returns, and those pytrees stacked over layers on axis 0.
@@ -277,7 +356,7 @@ class DecoderLM(nnx.Module):
         if positions is None:
             positions = _positions(tokens, segment_ids)
 
-        def watched(strategy, window, query, key, value):
+        def watched(strategy, window, query, key, value, **indexed):
             return attend(
                 strategy,
                 query,
@@ -286,6 +365,7 @@ class DecoderLM(nnx.Module):
                 window=window,
                 segment_ids=segment_ids,
                 sparse_rows=sparse_rows,
+                **indexed,
             )
 
         x, _, captured = self._sequence(
@@ -297,8 +377,8 @@ class DecoderLM(nnx.Module):
     def head(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Returns float32 logits of the residual stream that `hidden` returned."""
         if self.lm_head is None:
-            return _einsum("...d,vd->...v", hidden, self.embed[...], jnp.float32)
-        return _einsum("...d,dv->...v", hidden, self.lm_head[...], jnp.float32)
+            return einsum("...d,vd->...v", hidden, self.embed[...], jnp.float32)
+        return einsum("...d,dv->...v", hidden, self.lm_head[...], jnp.float32)
 
     def prefill(
         self, tokens: Int[Array, "B T"], *, lengths: Int32[Array, "B"], cache: KVCache
@@ -320,10 +400,12 @@ class DecoderLM(nnx.Module):
                 f"tokens: got {tokens.shape[1]} a row, wanted at most the cache's capacity = {cache.capacity}"
             )
 
-        def attend(strategy, window, query, key, value):
-            return strategy.attend(query, key, value, window=window, lengths=lengths), None
+        def attend(strategy, window, query, key, value, **indexed):
+            return strategy.attend(
+                query, key, value, window=window, lengths=lengths, **indexed
+            ), None
 
-        x, kv, _ = self._sequence(
+        x, written, _ = self._sequence(
             self.attention.prefill_strategy(),
             attend,
             tokens,
@@ -331,10 +413,15 @@ class DecoderLM(nnx.Module):
             remat=False,
             keep_kv=True,
         )
+        write = lambda name: tuple(
+            write_prefix(cached, getattr(new, name))
+            for cached, new in zip(getattr(cache, name), written, strict=True)
+        )
         cache = KVCache(
-            key=tuple(map(write_prefix, cache.key, [key for key, _ in kv])),
-            value=tuple(map(write_prefix, cache.value, [value for _, value in kv])),
+            key=write("key"),
+            value=write("value"),
             lengths=lengths,
+            index_key=None if cache.index_key is None else write("index_key"),
         )
         return rms_norm(x, self.final_norm, self.config.norm_epsilon), cache
 
@@ -365,8 +452,8 @@ class DecoderLM(nnx.Module):
 
         Args:
           attend: called in each layer as attend(strategy, query [B,N,H], key [B,S,K,H], value [B,S,K,H], lengths= [B],
-            window=); returns what `strategy.decode` would, and a pytree of arrays, of the same shapes in all layers. See
-            `jaxtopk.analysis.capture`.
+            window=), and index= where the strategy needs it; returns what `strategy.decode` would, and a pytree of arrays,
+            of the same shapes in all layers. See `jaxtopk.analysis.capture`.
 
         Returns:
           What `decode` returns, and those pytrees stacked over layers on axis 0.
@@ -374,28 +461,35 @@ class DecoderLM(nnx.Module):
         _check_tokens(tokens, ndim=1)
         self._check_cache(cache, tokens.shape[0])
         num_layers = self.config.num_layers
-        cos, sin = rope_tables(self.config.rope, cache.lengths, self.config.head_dim)
+        rotations = self._rotations(cache.lengths)
         lengths = cache.lengths + 1
         x = self.embed[...][tokens]
-        keys, values, captured = [], [], []
+        written, captured = [], []
         for index, layer in enumerate(self._each_layer()):
-            x, key, value, of_layer = _decode_layer(
+            x, of_cache, of_layer = _decode_layer(
                 layer,
                 x,
-                cos,
-                sin,
-                cache.key[index],
-                cache.value[index],
+                rotations,
+                _Written(
+                    cache.key[index],
+                    cache.value[index],
+                    None if cache.index_key is None else cache.index_key[index],
+                ),
                 lengths,
                 attend=attend,
                 strategy=self.attention.layer(index, num_layers),
                 window=self.config.window(index),
             )
-            keys.append(key)
-            values.append(value)
+            written.append(of_cache)
             captured.append(of_layer)
         x = rms_norm(x, self.final_norm, self.config.norm_epsilon)
-        cache = KVCache(key=tuple(keys), value=tuple(values), lengths=lengths)
+        keys, values, index_keys = zip(*written, strict=True)
+        cache = KVCache(
+            key=keys,
+            value=values,
+            lengths=lengths,
+            index_key=None if cache.index_key is None else index_keys,
+        )
         return self.head(x), cache, jax.tree.map(lambda *layers: jnp.stack(layers), *captured)
 
     def _sequence(
@@ -407,43 +501,58 @@ class DecoderLM(nnx.Module):
         *,
         remat: bool,
         keep_kv: bool,
-    ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]], list[Any]]:
+    ) -> tuple[Float[Array, "B T D"], list[_Written], list[Any]]:
         """Runs whole rows through all layers.
 
         Returns:
-          The residual stream; if asked, (key, value) per layer; and what `attend` captured, a pytree for each run of layers,
+          The residual stream; if asked, what each layer leaves in a cache; and what `attend` captured, a pytree for each run of layers,
           which leads its arrays.
         """
-        cos, sin = rope_tables(self.config.rope, positions, self.config.head_dim)
+        self._check_attention(attention)
+        rotations = self._rotations(positions)
         x = constrain(self.embed[...][tokens], _ACT_BTD)
-        kv: list[tuple[Array, Array]] = []
+        kept: list[_Written] = []
         captured: list[Any] = []
         for start, stop, strategy, window in self._runs(attention):
 
             def body(x, layer, strategy=strategy, window=window):
-                query, key, value = layer.project(x, cos, sin)
-                attended, of_layer = attend(strategy, window, query, key, value)
+                query, key, value = layer.project(x, *rotations.attention)
+                index = None if rotations.index is None else layer.index(x, *rotations.index)
+                indexed = {"index": index} if strategy.needs_index else {}
+                attended, of_layer = attend(strategy, window, query, key, value, **indexed)
                 x = layer.combine(x, checkpoint_name(attended, "attended"))
                 x = constrain(x, _ACT_BTD)
-                return x, ((key, value) if keep_kv else None, of_layer)
+                index_key = None if index is None else index.key
+                return x, (_Written(key, value, index_key) if keep_kv else None, of_layer)
 
             if remat:
                 body = jax.checkpoint(body, policy=_KEPT_IN_REMAT)
             if isinstance(self.layers, nnx.List):
                 for layer in self.layers[start:stop]:
-                    x, (layer_kv, of_layer) = body(x, layer)
+                    x, (written, of_layer) = body(x, layer)
                     captured.append(jax.tree.map(lambda y: y[None], of_layer))
-                    if layer_kv is not None:
-                        kv.append(layer_kv)
+                    if written is not None:
+                        kept.append(written)
             else:
                 layers = self.layers
                 if (start, stop) != (0, self.config.num_layers):
                     layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)  # noqa: B023
-                x, (run_kv, of_run) = jax.lax.scan(body, x, layers)
+                x, (of_layers, of_run) = jax.lax.scan(body, x, layers)
                 captured.append(of_run)
-                if run_kv is not None:
-                    kv.extend((run_kv[0][i], run_kv[1][i]) for i in range(stop - start))
-        return x, kv, captured
+                if of_layers is not None:
+                    kept.extend(
+                        jax.tree.map(lambda y: y[i], of_layers)  # noqa: B023
+                        for i in range(stop - start)
+                    )
+        return x, kept, captured
+
+    def _rotations(self, positions: Int[Array, "*batch"]) -> _Rotations:
+        config = self.config
+        tables = lambda size: rope_tables(config.rope, positions, size)
+        return _Rotations(
+            attention=tables(config.head_dim),
+            index=None if config.indexer is None else tables(config.indexer.rotated),
+        )
 
     def _runs(
         self, attention: AttentionStrategy
@@ -468,24 +577,44 @@ class DecoderLM(nnx.Module):
             for index in range(self.config.num_layers)
         ]
 
+    def _check_attention(self, attention: AttentionStrategy) -> None:
+        if attention.needs_index and self.config.indexer is None:
+            raise ValueError(
+                f"attention: got {attention} for a model without indexer parameters, wanted DecoderLM.with_indexer before it"
+            )
+
     def _check_cache(self, cache: KVCache, batch: int) -> None:
+        """Refuses another model's cache, and, before a prompt is run for it, a strategy that this model cannot decode by."""
         config = self.config
+        self._check_attention(self.attention)
         got = (len(cache.key), cache.batch, *cache.key[0].shape[2:])
         wanted = (config.num_layers, batch, config.num_kv_heads, config.head_dim)
         if got != wanted:
             raise ValueError(f"cache: got (L, B, K, H) = {got}, wanted {wanted}")
+        got = None if cache.index_key is None else cache.index_key[0].shape[-1]
+        wanted = None if config.indexer is None else config.indexer.head_dim
+        if got != wanted:
+            raise ValueError(f"cache: got index keys of size {got}, wanted {wanted}")
 
 
 # Layers of one shape and strategy are traced and lowered once, not once each: with a Mosaic kernel inside, that is seconds
 # a layer. The compiler inlines the calls, so the compiled step is the same.
 @functools.partial(jax.jit, static_argnames=("attend", "strategy", "window"))
-def _decode_layer(layer, x, cos, sin, keys, values, lengths, *, attend, strategy, window):
-    """Returns the residual stream [B, D] after a layer, its cache [B, S, K, H] with the new row, and what `attend` saw."""
-    query, key, value = layer.project(x, cos, sin)
-    keys = write_row(keys, key, lengths - 1)
-    values = write_row(values, value, lengths - 1)
-    attended, captured = attend(strategy, query, keys, values, lengths=lengths, window=window)
-    return layer.combine(x, attended), keys, values, captured
+def _decode_layer(layer, x, rotations, cached, lengths, *, attend, strategy, window):
+    """Returns the residual stream [B, D] after a layer, its cache with the new row, and what `attend` saw."""
+    query, key, value = layer.project(x, *rotations.attention)
+    keys = write_row(cached.key, key, lengths - 1)
+    values = write_row(cached.value, value, lengths - 1)
+    indexed, index_keys = {}, None
+    if rotations.index is not None:
+        index = layer.index(x, *rotations.index)
+        index_keys = write_row(cached.index_key, index.key, lengths - 1)
+        if strategy.needs_index:
+            indexed = {"index": index._replace(key=index_keys)}
+    attended, captured = attend(
+        strategy, query, keys, values, lengths=lengths, window=window, **indexed
+    )
+    return layer.combine(x, attended), _Written(keys, values, index_keys), captured
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -504,29 +633,10 @@ def rms_norm(
     return normed * weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float, dtype: DTypeLike) -> Array:
-    """Draws with mean 0; flat, since XLA CPU needs seconds to compile a random array of four axes."""
-    drawn = jax.random.normal(rngs.params(), (math.prod(shape),), jnp.float32)
-    return (drawn * deviation).reshape(shape).astype(dtype)
-
-
 def _abstract(
     cls: type[DecoderLM], config: DecoderConfig, attention: AttentionStrategy
 ) -> DecoderLM:
     return nnx.eval_shape(lambda: cls(config, attention=attention, rngs=nnx.Rngs(params=0)))
-
-
-def _einsum(formula: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
-    # GPUs and TPUs would otherwise round float32 operands to tf32 or bfloat16.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(formula, x, weight, precision=precision, preferred_element_type=dtype)
-
-
-def _affine(formula: str, x: Array, weight: nnx.Param | Array, bias: nnx.Param | None) -> Array:
-    out = _einsum(formula, x, weight[...], x.dtype)
-    if bias is None:
-        return out
-    return out + bias[...].reshape((1,) * (out.ndim - bias[...].ndim) + bias[...].shape)
 
 
 def _positions(

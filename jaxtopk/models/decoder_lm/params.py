@@ -152,6 +152,10 @@ def _shardings(config: DecoderConfig, mesh: Mesh | None) -> Mapping[str, Shardin
 
 def check_checkpoint(config: DecoderConfig, checkpoint: Checkpoint) -> None:
     """Raises ValueError unless `checkpoint` holds exactly the tensors `config` needs, in types we read."""
+    if config.indexer is not None:
+        raise ValueError(
+            f"config.indexer: got {config.indexer}, wanted None: these files hold none (DecoderLM.with_indexer adds one)"
+        )
     found = checkpoint.shapes
     wanted = {}
     for name, shape in param_shapes(config).items():

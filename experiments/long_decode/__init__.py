@@ -1,0 +1,1 @@
+"""Study: tokens per second at long contexts, with full, exact Top-k and indexer attention, on whole models."""
