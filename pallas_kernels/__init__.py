@@ -7,6 +7,8 @@ Functions of arrays; every op has `reference`, `xla`, and where the matrix in RE
 from pallas_kernels.core.dispatch import Implementation as Implementation
 from pallas_kernels.core.interpret import interpret_mode as interpret_mode
 from pallas_kernels.core.online_softmax import merge_attention as merge_attention
+from pallas_kernels.core.quantization import QuantizedKeys as QuantizedKeys
+from pallas_kernels.core.quantization import quantize_keys as quantize_keys
 from pallas_kernels.core.selection import TopKSelection as TopKSelection
 from pallas_kernels.core.selection import budget_from_ratio as budget_from_ratio
 from pallas_kernels.ops.gather_attention.api import (

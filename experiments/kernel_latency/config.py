@@ -6,7 +6,7 @@ No import of JAX here: the command line is read before JAX looks for devices.
 import dataclasses
 from typing import Self
 
-GROUPS = ("main", "budget", "ragged", "adversarial", "length")
+GROUPS = ("main", "pages", "quantized", "budget", "ragged", "adversarial", "length")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.kernel_latency import timing, torch_peers
+from experiments.kernel_latency import torch_peers
 from experiments.kernel_latency.config import KernelLatencyConfig
 from experiments.kernel_latency.peers import Peer, peers_of
-from experiments.kernel_latency.timing import Timing
 from experiments.kernel_latency.workloads import Arrays, Workload
+from pallas_kernels.tuning import timer
+from pallas_kernels.tuning.timer import Timing
 
 _MOST_MESSAGE = 400  # characters of an error that a row keeps
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
@@ -50,7 +51,7 @@ def probe(config: KernelLatencyConfig) -> tuple[Rates, list[dict[str, Any]]]:
     ]
     rates, rows = {}, []
     for name, fn, arguments, num_bytes, flops in work:
-        found = timing.device_time(fn, [arguments], rounds=config.rounds, round_ms=config.round_ms)
+        found = timer.device_time(fn, [arguments], rounds=config.rounds, round_ms=config.round_ms)
         rates[name] = 1e3 * (flops or num_bytes) / found.median
         size = f"{side} x {side}, bfloat16" if flops else f"{config.probe_mib} MiB, float32"
         rows.append(
@@ -130,8 +131,8 @@ def _ours(
     fn = jax.jit(workload.call(implementation))
     compile_s = _first_call(fn, inputs[0])
     for arguments in inputs:
-        workload.check(arguments, fn(*arguments))
-    return timing.device_time(fn, inputs, rounds=config.rounds, round_ms=config.round_ms), compile_s
+        workload.check_of(implementation, arguments, fn(*arguments))
+    return timer.device_time(fn, inputs, rounds=config.rounds, round_ms=config.round_ms), compile_s
 
 
 def _jax_peer(
@@ -142,7 +143,7 @@ def _jax_peer(
     compile_s = _first_call(fn, prepared[0])
     for arguments, ready in zip(inputs, prepared, strict=True):
         peer.check(workload, arguments, fn(*ready))
-    found = timing.device_time(fn, prepared, rounds=config.rounds, round_ms=config.round_ms)
+    found = timer.device_time(fn, prepared, rounds=config.rounds, round_ms=config.round_ms)
     return found, compile_s
 
 
@@ -165,7 +166,7 @@ def _torch_peer(
     found, calls = torch_peers.device_time(
         fn, prepared, rounds=config.rounds, round_ms=config.round_ms
     )
-    return timing.summarise(found, calls=calls), first_s
+    return timer.summarise(found, calls=calls), first_s
 
 
 def _as_jax(tensor) -> jax.Array:

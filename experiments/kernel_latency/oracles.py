@@ -78,29 +78,48 @@ def assert_rows_close(got, want, topk: int, *, rounding: float = _ROUNDING) -> N
         )
 
 
+def assert_same_bits(got, want) -> None:
+    """Checks that two results are one, bit for bit.
+
+    Raises:
+      AssertionError: says how many elements are not.
+    """
+    got, want = np.asarray(got), np.asarray(want)
+    if got.tobytes() != want.tobytes():
+        other = int(np.sum(got != want))
+        raise AssertionError(f"out: got {other} of {got.size} elements other, wanted the same bits")
+
+
 @functools.partial(jax.jit, static_argnames="topk")
-def attention(query, key, value, lengths, *, topk: int | None):
+def attention(query, key, value, lengths, *, topk: int | None, ranked_by=None):
     """Returns float32 [B, N, V]: softmax over the `topk` best keys of each head, or over all, a sequence at a time.
 
     Args:
       query, key, value: [B, N, H], [B, S, K, H], [B, S, K, V].
       lengths: valid keys, int32 [B].
+      ranked_by: int8 [B, S, K, H] and scale [B, S, K] of a copy that says which keys are best; None ranks by their scores.
     """
     num_kv = key.shape[2]
 
     def sequence(arguments):
-        q, k, v, length = arguments
+        q, k, v, length, copy = arguments
         n, h = q.shape
-        scores = _products("kgh,skh->kgs", q.reshape(num_kv, n // num_kv, h), k) * h**-0.5
+        heads = q.reshape(num_kv, n // num_kv, h)
+        scores = _products("kgh,skh->kgs", heads, k) * h**-0.5
         visible = jnp.arange(k.shape[0], dtype=jnp.int32) < length
         scores = jnp.where(visible[None, None, :], scores, -jnp.inf)
         if topk is not None:
-            last = lax.top_k(scores, min(topk, k.shape[0]))[0][..., -1:]
-            scores = jnp.where(scores >= last, scores, -jnp.inf)
+            ranking = scores
+            if copy is not None:
+                # Numbers of eight bits are exact in the query's dtype.
+                products = _products("kgh,skh->kgs", heads, copy[0].astype(q.dtype))
+                ranking = jnp.where(visible[None, None, :], products * copy[1].T[:, None], -jnp.inf)
+            last = lax.top_k(ranking, min(topk, k.shape[0]))[0][..., -1:]
+            scores = jnp.where(ranking >= last, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
         return _products("kgs,skv->kgv", weights, v.astype(jnp.float32)).reshape(n, -1)
 
-    return lax.map(sequence, (query, key, value, lengths))
+    return lax.map(sequence, (query, key, value, lengths, ranked_by))
 
 
 @jax.jit

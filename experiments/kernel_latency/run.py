@@ -38,7 +38,7 @@ class Arguments:
     only: str | None = None
     """A regular expression, searched for in "OP, WORKLOAD", such as "topk_select, R 32|gather"."""
     groups: tuple[str, ...] | None = None
-    """Only these groups of workloads: main, ragged, budget, adversarial, length."""
+    """Only these groups of workloads: main, ragged, pages, quantized, budget, adversarial, length."""
     implementations: tuple[str, ...] | None = None
     """Only these of ours."""
     peers: bool = True

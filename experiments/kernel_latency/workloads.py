@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernel_latency import oracles
-from pallas_kernels import gather_attention, indexer_select, topk_decode_attention, topk_select
+from pallas_kernels import (
+    QuantizedKeys,
+    gather_attention,
+    indexer_select,
+    quantize_keys,
+    topk_decode_attention,
+    topk_select,
+)
 
 Arrays = tuple[jax.Array, ...]
 
@@ -83,6 +90,11 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def check(self, arguments: Arrays, result: Any) -> None:
         """Raises AssertionError where the op's result is not right."""
+
+    def check_of(self, implementation: str, arguments: Arrays, result: Any) -> None:
+        """Raises AssertionError where the result is not right, or not what this implementation has to give."""
+        del implementation
+        self.check(arguments, result)
 
     _rows_letter: ClassVar[str] = "B"
 
@@ -281,6 +293,155 @@ class Gather(Workload):
         got = jnp.asarray(result)[part]
         want = oracles.listed_attention(query[part], key[part], value[part], indices[part, 0])
         oracles.assert_rows_close(got, want, topk=self.topk)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedDecode(Decode):
+    """`Decode` from a pool of pages in random order; beside it, what paging costs shows."""
+
+    page: int
+    pattern: str = "pages"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sequences, keys of each, tokens of a page."""
+        return {**super().sizes, "page": self.page}
+
+    def draw(self, seed: int, count: int) -> list[Arrays]:
+        """Returns (query, key, value, lengths, page_table) of each call."""
+        rng = np.random.default_rng(seed)
+        return [
+            (query, *_in_pages(self, key, value), lengths, _page_table(self, rng))
+            for query, key, value, lengths in super().draw(seed, count)
+        ]
+
+    def call(self, implementation: str) -> Callable[..., Any]:
+        """Returns the attention's output."""
+        return lambda query, key, value, lengths, page_table: topk_decode_attention(
+            query,
+            key,
+            value,
+            topk=self.topk,
+            lengths=lengths,
+            page_table=page_table,
+            implementation=implementation,
+        )
+
+    def check(self, arguments: Arrays, result: Any) -> None:
+        """Checks the output row by row."""
+        query, key, value, lengths, page_table = arguments
+        super().check((query, *_out_of_pages(page_table, key, value), lengths), result)
+
+    def _pattern_word(self) -> tuple[str, ...]:
+        return ()  # the sizes say it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedGather(Gather):
+    """`Gather` from a pool of pages in random order; beside it, what paging costs shows."""
+
+    page: int
+    pattern: str = "pages"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sequences, keys of each, tokens of a page."""
+        return {**super().sizes, "page": self.page}
+
+    def draw(self, seed: int, count: int) -> list[Arrays]:
+        """Returns (query, key, value, indices, page_table) of each call; calls share key and value, not the lists."""
+        drawn = super().draw(seed, count)
+        pools = _in_pages(self, *drawn[0][1:3])
+        page_table = _page_table(self, np.random.default_rng(seed))
+        # A copy each, for the same reason as that of the query.
+        return [(query, *pools, indices, page_table + 0) for query, _, _, indices in drawn]
+
+    def call(self, implementation: str) -> Callable[..., Any]:
+        """Returns the attention's output."""
+
+        def attend(query, key, value, indices, page_table):
+            out = gather_attention(
+                query[:, None],
+                key,
+                value,
+                indices,
+                page_table=page_table,
+                implementation=implementation,
+            )
+            assert isinstance(out, jax.Array)  # no residuals were asked for
+            return out[:, 0]
+
+        return attend
+
+    def check(self, arguments: Arrays, result: Any) -> None:
+        """Checks the output row by row."""
+        query, key, value, indices, page_table = arguments
+        super().check((query, *_out_of_pages(page_table, key, value), indices), result)
+
+    def _pattern_word(self) -> tuple[str, ...]:
+        return ()  # the sizes say it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CopiedDecode(Decode):
+    """`Decode` with an eight-bit copy of the keys; beside it, what the copy saves shows.
+
+    Args:
+      pattern: "int8 keys", ranked by the copy, or "certified", bit for bit as without it.
+    """
+
+    pattern: str = "int8 keys"
+
+    @property
+    def _certified(self) -> bool:
+        return self.pattern == "certified"
+
+    @property
+    def least_bytes(self) -> int:
+        """The copy of all valid keys, their scales and errors, and the keys and values that each head selects."""
+        keys = int(self.lengths.sum()) * self.kv_heads
+        selected = int(np.minimum(self.lengths, self.topk).sum()) * self.heads
+        copy = self.head_size + 4 * (2 if self._certified else 1)
+        return copy * keys + 2 * 2 * self.head_size * min(selected, keys)
+
+    def draw(self, seed: int, count: int) -> list[Arrays]:
+        """Returns (query, key, value, lengths, the copy's values, scale, error) of each call."""
+        return [
+            (*arguments, *jax.jit(quantize_keys)(arguments[1]))
+            for arguments in super().draw(seed, count)
+        ]
+
+    def call(self, implementation: str) -> Callable[..., Any]:
+        """Returns the attention's output."""
+        return lambda query, key, value, lengths, *copy: topk_decode_attention(
+            query,
+            key,
+            value,
+            topk=self.topk,
+            lengths=lengths,
+            quantized_key=QuantizedKeys(*copy),
+            certified=self._certified,
+            implementation=implementation,
+        )
+
+    def check(self, arguments: Arrays, result: Any) -> None:
+        """Checks the output row by row."""
+        *exact, values, scale, _ = arguments
+        ranked_by = None if self._certified else (values, scale)
+        want = oracles.attention(*exact, topk=self.topk, ranked_by=ranked_by)
+        oracles.assert_rows_close(result, want, topk=self.topk)
+
+    def check_of(self, implementation: str, arguments: Arrays, result: Any) -> None:
+        """Checks the output row by row, and where it is certified, against the call without a copy, bit for bit."""
+        self.check(arguments, result)
+        if self._certified:
+            plain = _without_a_copy(self, implementation)(*arguments[:4])
+            oracles.assert_same_bits(result, plain)
+
+
+@functools.cache
+def _without_a_copy(workload: CopiedDecode, implementation: str) -> Callable[..., Any]:
+    return jax.jit(Decode.call(workload, implementation))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -498,6 +659,25 @@ def _query_key_value(workload: Decode | Gather | IndexerThenGather, key, keys: i
     )
 
 
+def _in_pages(workload: PagedDecode | PagedGather, *caches) -> Arrays:
+    """Cuts caches [B, S, K, H] into pools of pages [P, page, K, H]."""
+    return tuple(cache.reshape(-1, workload.page, *cache.shape[2:]) for cache in caches)
+
+
+def _page_table(workload: PagedDecode | PagedGather, rng: np.random.Generator) -> jax.Array:
+    """Deals all pages of the pool out at random, int32 [B, pages]."""
+    count = workload.batch * workload.keys // workload.page
+    return jnp.asarray(rng.permutation(count).reshape(workload.batch, -1), jnp.int32)
+
+
+@jax.jit
+def _out_of_pages(page_table, *pools) -> Arrays:
+    """Copies each sequence's pages into one cache [B, S, K, H]."""
+    return tuple(
+        pool[page_table].reshape(page_table.shape[0], -1, *pool.shape[2:]) for pool in pools
+    )
+
+
 def _indexer_inputs(
     workload: IndexerDecode | IndexerPrefill | IndexerThenGather, key, *, rows: int
 ) -> Arrays:
@@ -530,12 +710,24 @@ def full() -> list[Workload]:
     indexer = [IndexerDecode(batch=8, keys=131072, topk=2048, target_ms=0.12)]
     whole = [IndexerThenGather(batch=8, keys=131072, topk=2048, target_ms=0.18)]
     prefill = [IndexerPrefill(keys=32768, topk=2048, target_ms=20.0)]
+    pages: list[Workload] = [
+        paged(batch=8, keys=131072, topk=2048, page=page, group="pages")
+        for paged in (PagedDecode, PagedGather)
+        for page in (64, 16)
+    ]
+    copied: list[Workload] = [
+        CopiedDecode(batch=batch, keys=keys, topk=2048, pattern=pattern, group="quantized")
+        for batch, keys in ((8, 131072), (1, 131072), (1, 1048576))
+        for pattern in ("int8 keys", "certified")
+    ]
     main: list[Workload] = [*select, *decode, *gather, *indexer, *whole, *prefill]
     # The prefill has no lengths: one prompt.
     batched: list[Workload] = [*select, *decode, *gather, *indexer, *whole]
     return [
         *main,
         *_with(batched, "ragged", (2048,), ("ragged",)),
+        *pages,
+        *copied,
         *_with([*batched, *prefill], "budget", _BUDGETS, ("random",)),
         *_with(select, "adversarial", (2048,), ("relu plateau", "recent span")),
         *_with(gather, "adversarial", (2048,), ("clustered",)),
@@ -557,8 +749,15 @@ def tiny() -> list[Workload]:
         IndexerThenGather(batch=2, keys=256, topk=16, **heads, **index),
         IndexerPrefill(keys=128, topk=16, **index),
     ]
+    paged = dict(batch=2, keys=256, topk=16, page=16, group="pages")
     return [
         *main,
+        PagedDecode(**heads, **paged),
+        PagedGather(**heads, **paged),
+        *(
+            CopiedDecode(batch=2, keys=256, topk=16, pattern=pattern, group="quantized", **heads)
+            for pattern in ("int8 keys", "certified")
+        ),
         *_with(main[:1], "ragged", (16,), ("ragged",)),
         *_with(main[:1], "adversarial", (16,), ("relu plateau", "recent span")),
     ]

@@ -59,7 +59,21 @@ def attention(op: str, query, key, value) -> tuple[int, int, int]:
     shape(op, "key", key, "B S K H", B=b, H=h)
     _, s, k, _ = key.shape
     shape(op, "value", value, "B S K V", B=b, S=s, K=k)
-    heads(op, n, k)
+    _attention_arrays(op, query, key, value)
+    return b, t, s
+
+
+def paged_attention(op: str, query, key, value) -> None:
+    """Checks query [B, T, N, H] beside pools of pages, key [P, page, K, H] and value [P, page, K, V]."""
+    shape(op, "query", query, "B T N H")
+    shape(op, "key", key, "P page K H", H=query.shape[3])
+    p, page, k, _ = key.shape
+    shape(op, "value", value, "P page K V", P=p, page=page, K=k)
+    _attention_arrays(op, query, key, value)
+
+
+def _attention_arrays(op: str, query, key, value) -> None:
+    heads(op, query.shape[2], key.shape[2])
     for name, array in (("query", query), ("key", key), ("value", value)):
         if 0 in array.shape:
             raise ValueError(
@@ -67,7 +81,6 @@ def attention(op: str, query, key, value) -> tuple[int, int, int]:
             )
     floating(op, "query", query)
     same_dtype(op, query=query, key=key, value=value)
-    return b, t, s
 
 
 def optional_integer(op: str, name: str, array, wanted: str, **sizes: int):

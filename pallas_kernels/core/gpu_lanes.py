@@ -27,6 +27,7 @@ _LANES, _WARP, _WARPS = 128, 32, 4
 _EVERY_LANE = 0xFFFFFFFF
 _ROWS_IN_FLIGHT = 16  # rows that a lane reads a part of before it uses the first
 GROUP = 8  # neighbours that `sampled_load` reads together: 32 bytes of float32, one sector of global memory
+_SWIZZLE = 128  # bytes of a row of a tile that tensor cores read
 MAX_VECTORS = 8  # register vectors a lane may hand to one `append`
 MAX_SCALARS = 16  # that one `reduce` returns
 # int32 of shared memory that a kernel lends to `append` and `reduce`
@@ -242,15 +243,14 @@ def _pack(hit, payloads, lists, base, scratch, capacity):
 
 
 def check_table(op: str, name: str, array) -> None:
-    """Refuses a cache [B, S, K, size] whose places in one sequence do not fit int32.
+    """Refuses a cache [B, S, K, size] whose rows int32 cannot number; those of a batch axis of 1 are one table for all.
 
     Raises:
       NotImplementedError: names the argument, the got and the wanted.
     """
-    elements = array.shape[1] * array.shape[2] * array.shape[3]
-    if elements >= 2**31:
+    if array.shape[1] >= 2**31:
         raise NotImplementedError(
-            f"{op} got {name} with {elements} elements a sequence, wanted fewer than 2**31"
+            f"{op} got {name} with {array.shape[1]} rows in one table, wanted fewer than 2**31"
         )
 
 
@@ -408,6 +408,51 @@ def dot_rows(queries, table, places, scores, size: int, *, interpreted: bool) ->
     dot(queries, table, places, scores)
 
 
+def gather_rows(table, places, tile, *, interpreted: bool) -> None:
+    """Copies table[places[i]] to row i of a tile in shared memory that tensor cores read; `plgpu.commit_smem` is to follow.
+
+    Args:
+      table: as for `add_rows`, of two bytes an element and a width that is a multiple of 64.
+      places: int32 [rows] in shared memory, all of them inside the table.
+      tile: [rows, width] in shared memory, with the transforms of `swizzled`; rows a multiple of `rows_at_once`.
+    """
+    size, width = tile.shape
+    vector, together = row_vector(table.dtype), rows_at_once(width, table.dtype)
+    if interpreted:
+        tile[...] = table[...][places[...]]
+        return
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(swizzled(table.dtype)))
+    )
+    def copy(ctx, table, places, tile):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        base = mgpu.utils.memref_ptr(tile)
+        begin, pointer = llvm.ptrtoint(i32, base), base.type
+        # A lane's 16 bytes of a row: in which of the tiles of 8 rows and 128 bytes, and where in its row.
+        lane = arith.andi(_thread(), _c(_LANES // together - 1))
+        byte = arith.minsi(arith.muli(lane, _c(16)), _c(2 * width - 16))
+        across, inside = arith.shrui(byte, _c(7)), arith.andi(byte, _c(_SWIZZLE - 1))
+        of_lane = arith.addi(arith.muli(across, _c(8 * _SWIZZLE)), inside)
+        for rows in _read_rows(table, places, size, together, vector):
+            for index, register in rows:
+                down = arith.muli(arith.shrui(index, _c(3)), _c(16 * width))
+                row = arith.muli(arith.andi(index, _c(7)), _c(_SWIZZLE))
+                at = arith.addi(begin, arith.addi(of_lane, arith.addi(down, row)))
+                # Swizzling exchanges the 16 bytes of a row by the row's number, as found in the address.
+                at = arith.xori(at, arith.andi(arith.shrui(at, _c(3)), _c(_SWIZZLE - 16)))
+                llvm.store(register, llvm.inttoptr(pointer, at), alignment=16)
+
+    copy(table, places, tile)
+
+
+def swizzled(dtype) -> tuple:
+    """The transforms of a tile in shared memory that tensor cores read, its width a multiple of 128 bytes."""
+    tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
+    return tiling, plgpu.SwizzleTransform(_SWIZZLE)
+
+
 def _read_rows(table, places, size: int, together: int, vector: int):
     """Emits the reads of some rows at a time; yields, of the rows of this lane, (index, register) pairs."""
     kind = ir.MemRefType(table.type)
@@ -421,11 +466,15 @@ def _read_rows(table, places, size: int, together: int, vector: int):
     base = mgpu.utils.memref_ptr(table)
     words = ir.VectorType.get((vector,), element)
     steps = size // together
+    # Of 64 bits: a pool of pages holds more elements than int32 counts.
+    i64 = ir.IntegerType.get_signless(64)
+    column, pitch = arith.extsi(i64, column), mgpu.c(row_stride, i64)
     for begin in range(0, steps, _ROWS_IN_FLIGHT):
         rows = []
         for step in range(begin, min(begin + _ROWS_IN_FLIGHT, steps)):
             index = arith.addi(first, _c(step * together))
-            at = arith.addi(arith.muli(_load(places, index), _c(row_stride)), column)
+            row = arith.extsi(i64, _load(places, index))
+            at = arith.addi(arith.muli(row, pitch), column)
             pointer = mgpu.utils.getelementptr(base, [at], element)
             rows.append((index, llvm.load(words, pointer, alignment=16)))
         yield rows

@@ -11,9 +11,10 @@ import pytest
 from jax.experimental import io_callback
 
 from experiments import results
-from experiments.kernel_latency import measure, oracles, peers, report, run, timing, workloads
+from experiments.kernel_latency import measure, oracles, peers, report, run, workloads
 from experiments.kernel_latency.config import KernelLatencyConfig
 from pallas_kernels import TopKSelection, topk_select
+from pallas_kernels.tuning import timer
 
 H200 = measure.FIXED["NVIDIA H200"]
 RATES = measure.Rates(read=1e10, copy=1e10, matmul=1e11)
@@ -108,6 +109,12 @@ def test_bytes_and_operations_are_those_counted_by_hand():
     assert gather.limit_ms(*H200) == pytest.approx(0.016, abs=5e-4)
     indexer = main["indexer_select", "B 8, T 1, S 131072, k 2048"]
     assert indexer.limit_ms(*H200) == pytest.approx(0.065, abs=5e-4)
+    copied = {one.name: one for one in workloads.full() if one.group == "quantized"}
+    selected = 8 * 32 * 2048 * 2 * 256
+    ranked = copied["B 8, S 131072, k 2048, int8 keys"]
+    assert ranked.least_bytes == 8 * 131072 * 8 * (128 + 4) + selected
+    certified = copied["B 8, S 131072, k 2048, certified"]
+    assert certified.least_bytes == 8 * 131072 * 8 * (128 + 8) + selected
     whole = main["indexer_select + gather_attention", "B 8, S 131072, k 2048"]
     assert whole.limit_ms(*H200) == pytest.approx(0.081, abs=5e-4)
     prefill = main["indexer_select", "B 1, T 32768, S 32768, k 2048"]
@@ -122,6 +129,40 @@ def test_a_ragged_batch_counts_what_it_holds():
     assert ragged.lengths.tolist()[-1] == 131072
     assert ragged.least_bytes == 4 * ragged.lengths.sum()
     assert ragged.least_bytes < full.least_bytes / 3
+
+
+def test_workloads_in_pages_are_right_and_notice_a_wrong_table():
+    paged = {one.op: one for one in workloads.tiny() if one.group == "pages"}
+    assert set(paged) == {"topk_decode_attention", "gather_attention"}
+    for one in paged.values():
+        arguments = one.draw(0, 2)[1]
+        fn = jax.jit(one.call("xla"))
+        one.check(arguments, fn(*arguments))
+        with pytest.raises(AssertionError, match="out: got"):  # the other sequence's pages
+            one.check(arguments, fn(*arguments[:-1], arguments[-1][::-1]))
+
+
+def test_workloads_of_a_copy_are_right_and_notice_another_one():
+    copied = {one.pattern: one for one in workloads.tiny() if one.group == "quantized"}
+    assert set(copied) == {"int8 keys", "certified"}
+    for one in copied.values():
+        arguments = one.draw(0, 1)[0]
+        right = jax.jit(one.call("xla"))(*arguments)
+        one.check_of("xla", arguments, right)
+        with pytest.raises(AssertionError, match="out: got"):
+            one.check_of("xla", arguments, right[::-1])
+    # Ranked by the copy of the other sequence's keys; what is certified does not care.
+    for pattern, one in copied.items():
+        *exact, values, scale, error = one.draw(0, 1)[0]
+        arguments = *exact, values, scale, error
+        found = jax.jit(one.call("xla"))(*exact, values[::-1], scale[::-1], error[::-1])
+        if pattern == "certified":
+            one.check_of("xla", arguments, found)
+            with pytest.raises(AssertionError, match="1 of 128 elements other"):
+                one.check_of("xla", arguments, found.at[0, 0, 0].multiply(1.01))
+        else:
+            with pytest.raises(AssertionError, match="out: got"):
+                one.check_of("xla", arguments, found)
 
 
 def test_no_two_workloads_have_one_name():
@@ -258,12 +299,12 @@ def test_each_call_gets_its_arguments_and_waits_for_the_results_of_the_one_befor
 
     def record(x, small):
         seen.append((float(x[0]), int(small[0])))
-        return np.int32(timing._NEVER)  # the one result that the chain takes for a 1
+        return np.int32(timer._NEVER)  # the one result that the chain takes for a 1
 
     def fn(x, small):
         return io_callback(record, jax.ShapeDtypeStruct((), jnp.int32), x, small, ordered=False)
 
-    chain = timing._chain(fn, 1, 2)
+    chain = timer._chain(fn, 1, 2)
     small = jnp.asarray([3], jnp.int32), jnp.asarray([7], jnp.int32)
     others = (jnp.full(4, 1.0),), (jnp.full(4, 2.0),)
     assert int(chain(jnp.int32(3), small, others)) == 1
@@ -273,17 +314,17 @@ def test_each_call_gets_its_arguments_and_waits_for_the_results_of_the_one_befor
 
 def test_results_of_any_kind_leave_the_arguments_as_they_are():
     results_ = (jnp.asarray([jnp.nan]), jnp.full((2, 2), -1, jnp.int32), jnp.zeros(1, jnp.bfloat16))
-    assert int(timing._always_zero(results_)) == 0
+    assert int(timer._always_zero(results_)) == 0
 
 
 def test_a_slower_function_takes_longer():
     x = jnp.ones((96, 96))
-    fast = timing.device_time(lambda x, y: x @ y, [(x, x[:, :8])], rounds=3, round_ms=4)
-    slow = timing.device_time(
+    fast = timer.device_time(lambda x, y: x @ y, [(x, x[:, :8])], rounds=3, round_ms=4.0)
+    slow = timer.device_time(
         lambda x, y: jax.lax.fori_loop(0, 40, lambda _, z: x @ z / 96, y),
         [(x, x[:, :8])],
         rounds=3,
-        round_ms=4,
+        round_ms=4.0,
     )
     assert slow.median > 3 * fast.median > 0
 
@@ -291,9 +332,9 @@ def test_a_slower_function_takes_longer():
 def test_calls_that_could_not_be_chained_are_refused():
     x, small = jnp.ones(8), jnp.ones(1)
     with pytest.raises(ValueError, match="fn: got one that does not read argument 1"):
-        timing.device_time(lambda x, small: x + 1, [(x, small)])
+        timer.device_time(lambda x, small: x + 1, [(x, small)])
     with pytest.raises(ValueError, match="inputs: got none"):
-        timing.device_time(lambda x: x, [])
+        timer.device_time(lambda x: x, [])
 
 
 def test_what_is_timed_reads_its_smallest_argument():
@@ -308,7 +349,7 @@ def test_what_is_timed_reads_its_smallest_argument():
         ]
         for fn, given in todo:
             place = min(range(len(given)), key=lambda i: given[i].size)
-            timing._check_used(jax.jit(fn), given, place)
+            timer._check_used(jax.jit(fn), given, place)
 
 
 def _row(implementation, role, ms, *, keys=1024, limit=0.5, status="ok"):

@@ -26,10 +26,11 @@ def integers(rng, *shape):
 
 
 def draw_decode(rng, d):
+    cache = (d["P"], d["page"]) if "page" in d else (d["B"], d["S"])
     return (
         integers(rng, d["B"], d["N"], d["H"]),
-        integers(rng, d["B"], d["S"], d["K"], d["H"]),
-        rng.normal(size=(d["B"], d["S"], d["K"], d["V"])).astype(np.float32),
+        integers(rng, *cache, d["K"], d["H"]),
+        rng.normal(size=(*cache, d["K"], d["V"])).astype(np.float32),
     )
 
 
@@ -65,6 +66,15 @@ def ragged(rng, d):
     return {"lengths": jnp.asarray(lengths)}
 
 
+def ragged_in_pages(rng, d):
+    """Sequences share the pages of a pool, and past its length each has entries that are no page."""
+    lengths = ragged(rng, d)
+    pages = d["S"] // d["page"]
+    table = rng.integers(0, d["P"], (d["B"], pages)).astype(np.int32)
+    used = np.arange(pages) * d["page"] < np.asarray(lengths["lengths"])[:, None]
+    return lengths | {"page_table": jnp.asarray(np.where(used, table, 10**6), jnp.int32)}
+
+
 def budgets_of_heads(rng, d):
     return {"topk": jnp.asarray(rng.integers(1, d["S"] + 2, (d["B"], d["N"])), jnp.int32)}
 
@@ -91,9 +101,11 @@ def lists(scopes, size):
 
 
 HURRY = {"xla_backend_optimization_level": 0}
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 SELECT = dict(R=5, S=200)
 DECODE = dict(B=2, S=200, N=4, K=2, H=16, V=16)
+DECODE_PAGED = DECODE | dict(S=192, P=9, page=32)
 ATTEND = dict(B=2, T=13, S=13, N=4, K=2, H=16, V=8)
 INDEX = dict(B=2, T=13, S=140, I=3, D=8)
 INDEX_DECODE = dict(B=3, T=1, S=140, I=9, D=8)
@@ -138,6 +150,7 @@ CASES = {
             "ragged": Variant(shapes=DECODE, options=dict(topk=5), arrays=ragged),
             "window": Variant(shapes=DECODE, options=dict(topk=5, window=9), arrays=ragged),
             "budgets": Variant(shapes=DECODE, arrays=budgets_of_heads),
+            "pages": Variant(shapes=DECODE_PAGED, options=dict(topk=5), arrays=ragged_in_pages),
             "group": Variant(
                 shapes=DECODE, options=dict(topk=5, scope="group", pooling="score_max")
             ),
@@ -198,9 +211,10 @@ CASES = {
                 arrays=lambda rng, d: ragged(rng, d) | lists(None, 7)(rng, d),
             ),
         },
-        implementations=("xla", "mosaic_gpu"),
+        implementations=("xla", "mosaic_tpu", "mosaic_gpu"),
         outputs=lambda r: {"out": r[0], "lse": r[1].lse},
         differentiable=True,
+        refused={"mosaic_tpu": frozenset({"float16"})},
     ),
     "indexer_scores": OpCase(
         op=pk.indexer_scores,
@@ -323,7 +337,7 @@ def run(case, variant, implementation, dtype, *, times=1):
         return outputs, grads
 
     # Compiling is most of the cost: all but the first variant of an implementation, run twice, are compiled in a hurry.
-    both = jax.jit(both, compiler_options=None if times > 1 else HURRY)
+    both = jax.jit(both, compiler_options=OPTIMIZED if times > 1 else HURRY)
     with device_of(implementation):
         if times > 1:
             testing.assert_deterministic(both, inputs, arrays)
@@ -397,7 +411,7 @@ def test_mosaic_refuses_a_cpu_outside_interpret_mode(name):
 
 
 def test_every_public_op_has_a_case():
-    helpers = {"merge_attention", "interpret_mode", "budget_from_ratio"}
+    helpers = {"merge_attention", "interpret_mode", "budget_from_ratio", "quantize_keys"}
     public = {name for name in vars(pk) if inspect.isfunction(getattr(pk, name))} - helpers
     assert public == set(CASES)
 

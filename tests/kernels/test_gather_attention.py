@@ -380,16 +380,12 @@ def test_bad_input_is_named(change, message, monkeypatch):
         gather_attention(**arguments)
 
 
-def test_the_tpu_backend_does_not_exist_yet_and_says_so():
-    with pytest.raises(NotImplementedError, match="implementation 'mosaic_tpu' does not exist"):
-        gather_attention(*draw(), implementation="mosaic_tpu")
-
-
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
         ("block_q", 0, "at least 1"),
         ("block_q_backward", -1, "at least 1"),
+        ("block_slots", 0, "at least 1"),
         ("backward", "atomics", "one of 'lists', 'counts'"),
     ],
 )

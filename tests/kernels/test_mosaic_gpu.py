@@ -106,6 +106,35 @@ def test_select_lists_indices_of_sampled_rows_and_of_those_that_a_sample_mislead
     assert_same_selection(got, wanted)
 
 
+@pytest.mark.parametrize("sizes", [SAMPLED, SPLIT], ids=["whole", "split"])
+def test_a_plateau_at_the_threshold_needs_no_search_of_the_whole_row(sizes, monkeypatch):
+    for name, value in sizes.items():
+        monkeypatch.setattr(select_gpu, name, value)
+
+    def finds_nothing(row, budget, hint, lanes_ref, finish, *_):
+        finish(jnp.int32(0), jnp.int32(0), jnp.int32(0), lambda: None)
+
+    monkeypatch.setattr(select_gpu, "_search_in_place", finds_nothing)
+    place, normal = np.arange(2308), np.random.default_rng(0).normal(size=2308)
+    rows = [
+        np.where(normal > 2.5, normal, np.where(place % 2 == 0, -0.0, 0.0)),  # after a ReLU
+        np.full(2308, -2.5),
+        np.where(place > 2270, 1 + normal**2, 0.0),  # the last of several lists holds the best
+        np.where(place % 3 == 0, 1e-40, -1e-40),  # subnormals, which equal 0
+    ]
+    scores = jnp.asarray(np.stack(rows), jnp.float32)
+    with pallas_kernels.interpret_mode():
+        got = pallas_kernels.topk_select(
+            scores,
+            60,
+            implementation="mosaic_gpu",
+            block_sizes=TopKSelectBlockSizes(block_s=512),
+        )
+        jax.block_until_ready(got)
+    wanted = pallas_kernels.topk_select(scores, 60, implementation="reference")
+    assert_same_selection(got, wanted)
+
+
 def test_the_plan_lists_what_it_can_and_splits_only_few_long_rows():
     plan = lambda rows, s, topk: select_gpu._plan(rows, s, topk, None, False)
     assert plan(8, 2000, 64).capacity >= 2000

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels as pk
+from pallas_kernels import testing
 from pallas_kernels.core.interpret import RaceError
+from pallas_kernels.ops.gather_attention import mosaic_tpu as gather_kernel
+from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
 from pallas_kernels.ops.topk_decode_attention import mosaic_tpu as decode_kernel
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
@@ -16,6 +20,7 @@ from tests.kernels import aot
 NAN, INF = float("nan"), float("inf")
 SMALL_SELECT = TopKSelectBlockSizes(block_rows=8, block_s=128)
 SMALL_DECODE = TopKDecodeBlockSizes(block_kv=128)
+SMALL_GATHER = GatherAttentionBlockSizes(block_slots=16)
 
 
 def run(fn, *args):
@@ -324,6 +329,191 @@ def test_decode_copies_only_the_blocks_it_needs(monkeypatch):
     assert sorted(copied) == ["key", "key", "key", "value"]
 
 
+# B, pages, page, N, K, H, V, lengths, options. All that a page can be to a block of 128: part of it, the whole, more than it.
+PAGED = {
+    "16, window": ((2, 17, 16, 8, 8, 128, 128), (272, 100), {"window": 60}),
+    "32, group": (
+        (2, 10, 32, 4, 2, 128, 64),
+        (320, 77),
+        {"scope": "group", "pooling": "score_max"},
+    ),
+    "128, heads across": ((2, 3, 128, 6, 3, 64, 64), (384, 300), {}),
+    "256": ((2, 2, 256, 4, 1, 128, 128), (512, 257), {}),
+}
+
+
+def paged_inputs(b, pages, page, n, k, h, v, lengths):
+    """Returns (query, pools of keys and values, table, the same keys and values as contiguous caches).
+
+    Whatever no sequence may see is NaN, and table entries past a sequence's length lead nowhere.
+    """
+    query, key, value = decode_inputs(b, pages * page, n, k, h, v)
+    key, value = poison(key, lengths), poison(value, lengths)
+    places = np.random.default_rng(1).permutation(b * pages + 3)[: b * pages].reshape(b, pages)
+
+    def pool(x):
+        whole = np.full((b * pages + 3, page, *x.shape[2:]), NAN, np.float32)
+        whole[places] = np.asarray(x).reshape(b, pages, page, *x.shape[2:])
+        return jnp.asarray(whole)
+
+    table = np.where(np.arange(pages) * page < np.asarray(lengths)[:, None], places, 10**6)
+    table[0] = np.where(table[0] == 10**6, -7, table[0])
+    return query, pool(key), pool(value), jnp.asarray(table, jnp.int32), key, value
+
+
+@pytest.mark.parametrize("case", PAGED)
+def test_decode_of_pages_gives_the_bits_of_the_contiguous_cache(case):
+    shape, lengths, options = PAGED[case]
+    query, keys, values, table, key, value = paged_inputs(*shape, lengths)
+    lengths = jnp.array(lengths, jnp.int32)
+    plain = decode("mosaic_tpu", topk=7, **options)
+    paged = lambda q, k, v, n, t: decode("mosaic_tpu", topk=7, page_table=t, **options)(q, k, v, n)
+    both = lambda k, v, t, q, *cache: (paged(q, k, v, cache[2], t), plain(q, *cache))
+    got, wanted = interpreted(both, keys, values, table, query, key, value, lengths)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.isfinite(np.asarray(got[0])).all()
+
+
+# -------------------------------------------------------------------------------------------------- gather_attention
+
+
+def gather_inputs(b, t, s, n, k, h, v, scopes, size, dtype=jnp.float32):
+    """Masked slots anywhere, keys listed twice, one list that is empty and one whose tail is; what no row lists is NaN."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    arrays = [draw(b, t, n, h), draw(b, s, k, h), draw(b, s, k, v)]
+    indices = rng.integers(-1, s, (b, t, scopes, size))
+    indices[rng.random(indices.shape) < 0.2] = -1
+    indices[..., 1] = indices[..., 0]
+    indices[0, 0, 0] = -1
+    indices[-1, -1, -1, size // 2 :] = -1
+    for sequence in range(b):
+        unlisted = np.setdiff1d(np.arange(s), indices[sequence])
+        for cache in arrays[1:]:
+            cache[sequence, unlisted] = NAN
+    return *(jnp.asarray(x.astype(dtype)) for x in arrays), jnp.asarray(indices, jnp.int32)
+
+
+def gather(implementation, **kwargs):
+    return lambda q, k, v, i: pk.gather_attention(
+        q, k, v, i, implementation=implementation, return_residuals=True, **kwargs
+    )
+
+
+def assert_gathers_alike(got, wanted):
+    testing.assert_accurate(got[0], wanted[0], name="out")
+    testing.assert_accurate(got[1].lse, wanted[1].lse, name="lse")
+
+
+GATHERS = {  # B, T, S, N, K, H, V, scopes, slots; what a slot fetches is in the name
+    "tokens": (2, 2, 50, 8, 2, 128, 128, 1, 40),
+    "tokens of narrow heads": (1, 3, 37, 9, 3, 64, 8, 1, 33),
+    "rows of groups": (2, 1, 50, 8, 4, 128, 256, 4, 40),
+    "rows of heads": (1, 8, 20, 6, 3, 16, 16, 6, 9),
+    "rows of one key/value head": (1, 2, 50, 5, 1, 128, 128, 1, 17),
+}
+
+
+@pytest.mark.parametrize("case", GATHERS)
+def test_gather_agrees_in_every_form(case):
+    arguments = gather_inputs(*GATHERS[case])
+    assert gather_kernel._form(*GATHERS[case][4:8:3], jnp.dtype("float32")) == case.split()[0]
+    got = interpreted(gather("mosaic_tpu", block_sizes=SMALL_GATHER), *arguments)
+    assert_gathers_alike(got, run(gather("reference"), *arguments))
+    assert np.all(np.asarray(got[0])[0, 0, 0] == 0)
+    assert got[1].lse[0, 0, 0] == -INF
+
+
+@pytest.mark.parametrize("scopes", [1, 3, 6])
+def test_gather_in_bfloat16_is_as_good_as_rounding_allows(scopes):
+    """Lists of heads fetch words that hold two heads, an odd last one with nothing beside it."""
+    shape = 1, 2, 50, 6, 3, 128, 128, scopes, 20
+    arguments = gather_inputs(*shape, jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in arguments[:3]], arguments[3]
+    got = interpreted(gather("mosaic_tpu", block_sizes=SMALL_GATHER), *arguments)
+    oracle = run(gather("reference"), *exact[0], exact[1])
+    naive = run(gather("reference"), *arguments)
+    assert got[0].dtype == jnp.bfloat16
+    testing.assert_accurate(got[0], oracle[0], naive=naive[0], name="out")
+    testing.assert_accurate(got[1].lse, oracle[1].lse, name="lse")
+
+
+def test_words_made_for_an_interpreter_are_the_ones_a_device_sees():
+    """Interpreted, the kernel is given words; on a device it views the cache as such, which no simulator can."""
+    heads = jnp.asarray(np.random.default_rng(0).normal(size=(16, 128)), jnp.bfloat16)
+
+    def view(ref, out_ref):
+        out_ref[...] = pltpu.bitcast(ref[...], jnp.int32)
+
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    seen = pl.pallas_call(view, out_shape=shape, interpret=True)(heads)
+    np.testing.assert_array_equal(gather_kernel._as_words(heads), seen)
+
+
+def test_gather_owns_up_to_a_listed_nan_in_its_row_alone():
+    query, key, value, indices = gather_inputs(1, 2, 30, 4, 2, 128, 128, 2, 9)
+    indices = indices.at[0, 1, 1, 3].set(29).at[0, 0].set(jnp.minimum(indices[0, 0], 28))
+    indices = indices.at[0, 1, 0].set(jnp.minimum(indices[0, 1, 0], 28))
+    for dark in ((key.at[0, 29].set(NAN), value), (key, value.at[0, 29].set(NAN))):
+        out, residuals = interpreted(
+            gather("mosaic_tpu", block_sizes=SMALL_GATHER), query, *dark, indices
+        )
+        assert np.argwhere(np.isnan(np.asarray(out)).all(-1)).tolist() == [[0, 1, 2], [0, 1, 3]]
+        assert np.isnan(np.asarray(out)).sum() == 2 * 128
+
+
+def test_gather_of_pages_gives_the_bits_of_the_contiguous_cache():
+    query, keys, values, table, key, value = paged_inputs(2, 3, 16, 4, 2, 128, 128, (48, 20))
+    lengths = jnp.array([48, 20], jnp.int32)
+    indices = jnp.asarray(np.random.default_rng(3).integers(-1, 50, (2, 1, 2, 20)), jnp.int32)
+
+    def both(q, k, v, t, *cache):
+        run = lambda k, v, t: gather(
+            "mosaic_tpu", block_sizes=SMALL_GATHER, page_table=t, lengths=lengths
+        )(q[:, None], k, v, indices)
+        return run(k, v, t), run(*cache, None)
+
+    got, wanted = interpreted(both, query, keys, values, table, key, value)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.isfinite(np.asarray(got[0])).all()
+
+
+def test_gather_gives_the_same_bits_in_any_order():
+    query, key, value, indices = gather_inputs(3, 1, 40, 4, 2, 128, 128, 2, 20)
+    order = jnp.array([2, 0, 1])
+    kernel = gather("mosaic_tpu", block_sizes=SMALL_GATHER)
+    fn = lambda *args: (kernel(*args), kernel(*(x[order] for x in args)))
+    first, permuted = interpreted(fn, query, key, value, indices)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(permuted), strict=True):
+        np.testing.assert_array_equal(x[order], y)
+
+
+def test_gather_copies_no_part_past_the_last_valid_slot(monkeypatch):
+    copied = []
+
+    class Watched:
+        def __init__(self, source, target, semaphore):
+            self.copy = original(source, target, semaphore)
+            self.wait = self.copy.wait
+            self.is_value = source.shape[-1] == 256  # as keys are not
+
+        def start(self):
+            if self.is_value:
+                jax.debug.callback(lambda: copied.append(1))
+            self.copy.start()
+
+    original = pltpu.make_async_copy
+    monkeypatch.setattr(gather_kernel.pltpu, "make_async_copy", Watched)
+    query, key, value, indices = gather_inputs(1, 1, 40, 2, 2, 128, 256, 2, 64)
+    indices = indices.at[:, :, :, 17:].set(-1).at[:, :, 0].set(-1).at[:, :, 1, 16].set(7)
+    key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)
+    interpreted(gather("mosaic_tpu", block_sizes=SMALL_GATHER), query, key, value, indices)
+    jax.effects_barrier()
+    assert len(copied) == 16 + 32  # an empty list has one part, and the other list two of its four
+
+
 # --------------------------------------------------------------------------------------------------------------- races
 
 
@@ -351,6 +541,28 @@ def test_decode_runs_without_races_on_uninitialised_memory():
     got = interpreted(decode("mosaic_tpu", **kwargs), *args, detect_races=True)
     clean = map(jnp.nan_to_num, args)
     assert_decodes_alike(got, run(decode("reference", **kwargs), *clean))
+
+
+def test_decode_of_pages_runs_without_races_on_uninitialised_memory():
+    lengths = 288, 140, 0
+    query, keys, values, table, key, value = paged_inputs(3, 18, 16, 2, 1, 8, 8, lengths)
+    lengths = jnp.array(lengths, jnp.int32)
+    fn = lambda q, k, v, n, t: decode("mosaic_tpu", topk=4, page_table=t)(q, k, v, n)
+    got = interpreted(fn, query, keys, values, lengths, table, detect_races=True)
+    clean = map(jnp.nan_to_num, (query, key, value))
+    assert_decodes_alike(got, run(decode("reference", topk=4), *clean, lengths))
+
+
+@pytest.mark.parametrize(("scopes", "dtype"), [(1, "float32"), (2, "bfloat16")])
+def test_gather_runs_without_races_on_uninitialised_memory(scopes, dtype):
+    arguments = gather_inputs(2, 1, 30, 4, 2, 8, 8, scopes, 20, dtype)
+    sizes = GatherAttentionBlockSizes(block_slots=8)
+    got = interpreted(gather("mosaic_tpu", block_sizes=sizes), *arguments, detect_races=True)
+    exact = [x.astype(jnp.float32) for x in arguments[:3]]
+    wanted = run(gather("reference"), *exact, arguments[3])
+    naive = run(gather("reference"), *arguments)
+    testing.assert_accurate(got[0], wanted[0], naive=naive[0], name="out")
+    testing.assert_accurate(got[1].lse, wanted[1].lse, name="lse")
 
 
 def test_the_detector_finds_a_copy_that_nobody_waits_for(monkeypatch):
@@ -391,6 +603,40 @@ def test_kernels_lower_for_every_generation(chip):
         chip=chip,
     )
     assert "topk_decode_bfloat16_g3_kv128_22" in decoding.as_text()
+    cache = spec((2, 384, 4, 128), jnp.bfloat16)
+    gathering = aot.lower_tpu(
+        gather("mosaic_tpu"),
+        spec((2, 1, 8, 128), jnp.bfloat16),
+        cache,
+        cache,
+        spec((2, 1, 4, 50), jnp.int32),
+        chip=chip,
+    )
+    assert "gather_attention_bfloat16_words_g4_r56" in gathering.as_text()
+
+
+def test_caches_that_would_be_copied_are_refused_for_a_device():
+    spec = jax.ShapeDtypeStruct
+
+    def lower(dtype, k, h, v):
+        cache = [spec((1, 64, k, size), dtype) for size in (h, v)]
+        indices = spec((1, 1, 1, 9), jnp.int32)
+        query = spec((1, 1, k, h), dtype)
+        return aot.lower_tpu(gather("mosaic_tpu"), query, *cache, indices, chip="v6e")
+
+    for dtype, shape, message in (
+        (jnp.float32, (2, 64, 128), "key of head size 64, wanted a multiple of 128 .'xla' takes"),
+        (jnp.float32, (2, 128, 64), "value of head size 64, wanted a multiple of 128"),
+        (jnp.float32, (3, 128, 128), "key of 3 heads in float32, wanted 2, 4 .* or 1"),
+        (jnp.bfloat16, (1, 128, 128), r"key of 1 heads in bfloat16, wanted 2, 4 .* 8 \("),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            lower(dtype, *shape)
+    pool = spec((8, 16, 2, 64), jnp.float32)
+    paged = lambda q, k, v, n, t: decode("mosaic_tpu", topk=4, page_table=t)(q, k, v, n)
+    arrays = spec((1, 2, 64), jnp.float32), pool, pool, spec((1,), jnp.int32)
+    with pytest.raises(NotImplementedError, match="pages of 16 tokens with key of head size 64"):
+        aot.lower_tpu(paged, *arrays, spec((1, 4), jnp.int32), chip="v6e")
 
 
 def test_what_cannot_run_is_refused_by_name():
@@ -412,6 +658,12 @@ def test_what_cannot_run_is_refused_by_name():
             NotImplementedError, match="query of dtype float16, wanted float32 or bfloat16"
         ):
             pk.topk_decode_attention(half[:, 0], half, half, topk=2, implementation="mosaic_tpu")
+        with pytest.raises(
+            NotImplementedError, match="query of dtype float16, wanted float32 or bfloat16"
+        ):
+            pk.gather_attention(
+                half, half, half, jnp.zeros((1, 9, 1, 2), jnp.int32), implementation="mosaic_tpu"
+            )
         whole = jnp.zeros((1, 9, 1, 4))
         with pytest.raises(NotImplementedError, match="num_splits=2, wanted 1"):
             pk.topk_decode_attention(

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import QuantizedKeys
 from pallas_kernels.core import selection
+from pallas_kernels.ops.topk_decode_attention import mosaic_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +38,7 @@ def compiled(op, names: tuple[str, ...], static: tuple[tuple[str, object], ...])
 
 def call(op, *arrays, **arguments):
     """Calls `op` under jit, arrays among the keyword arguments as traced ones."""
-    traced = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    traced = {name: x for name, x in arguments.items() if isinstance(x, (jax.Array, QuantizedKeys))}
     static = tuple((name, x) for name, x in arguments.items() if name not in traced)
     return compiled(op, tuple(traced), static)(*arrays, *traced.values())
 
@@ -315,6 +317,106 @@ def test_gather_adds_no_error_of_its_own(shape, dtype):
     assert np.abs(error(out)).max() <= max(2 * np.abs(error(plain)).max(), ulp)
 
 
+def in_pages(key, value, lengths, page: int, *, spare: int = 5):
+    """Cuts caches into pools of shuffled pages, NaN where no token is valid; the table has no page there."""
+    b, s, *sizes = key.shape
+    rng = np.random.default_rng(page)
+    pages = s // page
+    table = rng.permutation(b * pages + spare)[: b * pages].reshape(b, pages)
+    valid = jnp.arange(s)[None, :, None, None] < lengths[:, None, None, None]
+    pools = []
+    for cache in (key, value):
+        pool = jnp.full((b * pages + spare, page, *sizes), jnp.nan, cache.dtype)
+        rows = jnp.where(valid, cache, jnp.nan).reshape(b * pages, page, *sizes)
+        pools.append(pool.at[table.ravel()].set(rows))
+    used = np.arange(pages) * page < np.asarray(lengths)[:, None]
+    strays = np.resize([-7, 10**6], table.shape)
+    return *pools, jnp.asarray(np.where(used, table, strays), jnp.int32)
+
+
+PAGED_SHAPES = {
+    # page, then as above; a cache shorter than a tile, and tiles that begin early, are among them
+    "16-of-8x4096-32-of-8x128": (16, 8, 4096, 32, 8, 128),
+    "16-of-3x1008-16-of-1x256": (16, 3, 1008, 16, 1, 256),
+    "32-of-2x8160-9-of-3x64": (32, 2, 8160, 9, 3, 64),
+    "64-of-4x64-4-of-4x80": (64, 4, 64, 4, 4, 80),
+    "128-of-2x4096-8-of-2x128": (128, 2, 4096, 8, 2, 128),
+    "256-of-4x1536-32-of-8x64": (256, 4, 1536, 32, 8, 64),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window"),
+    [(jnp.float32, None), (jnp.bfloat16, None), (jnp.float16, 500)],
+    ids=["f32", "bf16", "f16-window"],
+)
+@pytest.mark.parametrize("shape", PAGED_SHAPES.values(), ids=PAGED_SHAPES.keys())
+def test_pages_change_no_bit(shape, dtype, window):
+    page, b, s, n, k, h = shape
+    query, key, value = decode_inputs(b, s, n, k, h, dtype)
+    lengths = jnp.asarray(np.resize([s, s // 2 + 1, 0, page], b), jnp.int32)
+    key_pool, value_pool, table = in_pages(key, value, lengths, page)
+    arguments = {"topk": max(1, s // 20), "lengths": lengths, "window": window}
+    contiguous = decode(query, key, value, "mosaic_gpu", **arguments)
+    paged = decode(query, key_pool, value_pool, "mosaic_gpu", page_table=table, **arguments)
+    assert_same_bits(paged, contiguous)
+    assert np.isfinite(np.asarray(paged[0], np.float32)).all()
+    if h * jnp.dtype(dtype).itemsize > 512:  # a row that the gather kernel does not take
+        return
+    gather = functools.partial(
+        call,
+        pallas_kernels.gather_attention,
+        query[:, None],
+        indices=contiguous[1].selection.indices[:, None],
+        lengths=lengths,
+        implementation="mosaic_gpu",
+        return_residuals=True,
+    )
+    assert_same_bits(gather(key_pool, value_pool, page_table=table), gather(key, value))
+
+
+@pytest.mark.parametrize("page", [16, 64])
+def test_pages_change_no_bit_at_131072_keys(page):
+    b, s = 8, 131072
+    query, key, value = decode_inputs(b, s, 32, 8, 128, jnp.bfloat16)
+    lengths = jnp.asarray([131072, 131071, 70000, 4097, 64, 1, 0, 100_000], jnp.int32)
+    arguments = {"topk": 2048, "lengths": lengths}
+    contiguous = decode(query, key, value, "mosaic_gpu", **arguments)
+    pools = in_pages(key, value, lengths, page)
+    del key, value
+    paged = decode(query, *pools[:2], "mosaic_gpu", page_table=pools[2], **arguments)
+    assert_same_bits(paged, contiguous)
+
+
+def test_a_pool_may_hold_more_elements_than_int32_counts():
+    """All pages in use lie past element 2^31 of a pool of 4.4 GB."""
+    b, s, page, k, h = 2, 4096, 64, 8, 128
+    query, cache, _ = decode_inputs(b, s, 32, k, h, jnp.bfloat16)
+    lengths = jnp.asarray([s, 1000], jnp.int32)
+    pages, first = b * s // page, 2**31 // (page * k * h)
+    fill = jax.jit(
+        lambda cache: (
+            jnp.zeros((first + pages, page, k, h), cache.dtype)
+            .at[first:]
+            .set(cache.reshape(pages, page, k, h))
+        )
+    )
+    pool = fill(cache)
+    table = first + jnp.arange(pages, dtype=jnp.int32).reshape(b, -1)
+    arguments = {"topk": 256, "lengths": lengths}
+    contiguous = decode(query, cache, cache, "mosaic_gpu", **arguments)
+    paged = decode(query, pool, pool, "mosaic_gpu", page_table=table, **arguments)
+    assert_same_bits(paged, contiguous)
+    gather = functools.partial(
+        call,
+        pallas_kernels.gather_attention,
+        query[:, None],
+        indices=contiguous[1].selection.indices[:, None],
+        implementation="mosaic_gpu",
+    )
+    assert_same_bits(gather(pool, pool, page_table=table), gather(cache, cache))
+
+
 INDEXER_SHAPES = {
     # batch, rows, keys, heads, head size, causal
     "decode-8x131072-64x128": (8, 1, 131072, 64, 128, False),
@@ -359,3 +461,110 @@ def test_nearest_neighbours_equal_the_reference():
             implementation=implementation,
         )
         assert_same_bits(nearest("mosaic_gpu"), nearest("reference"))
+
+
+# Eight-bit copies of the keys. All calls of one kind share a shape, so that each compiles once.
+
+COPIED = 8, 8192, 32, 8, 128
+
+
+def crowded(key):
+    """Every other key close to one: their bounds overlap."""
+    place = jnp.arange(key.shape[1])[None, :, None, None]
+    return jnp.where(place % 2 == 0, key[:, :1] + key * jnp.asarray(2e-3, key.dtype), key)
+
+
+def planted(key):
+    """The best keys of some heads lie where only the tail of a row is."""
+    query = decode_inputs(*COPIED, jnp.bfloat16)[0].reshape(8, 8, 4, 128)[:, None, :, 0]
+    place = jnp.arange(key.shape[1])[None, :, None, None]
+    return jnp.where(place > key.shape[1] - 700, key + query, key)
+
+
+def stretched(key):
+    """Sizes of keys from 2^-12 to 2^5, and an element that dwarfs the others."""
+    exponent = jax.random.randint(jax.random.key(9), (*key.shape[:3], 1), -12, 6)
+    return key.at[..., 3].multiply(10) * jnp.exp2(exponent.astype(jnp.float32)).astype(key.dtype)
+
+
+def poisoned(key):
+    key = key.at[0, 5, 0].set(jnp.nan).at[0, 77, 0, 3].set(jnp.inf).at[1, 9, 1, 0].set(-jnp.inf)
+    return key.at[2, :1000].set(jnp.nan)  # more than are listed
+
+
+KEYS = {
+    "random": lambda key: key,
+    "stretched": stretched,
+    "planted": planted,
+    "crowded": crowded,
+    "not-finite": poisoned,
+    "whole-numbers": lambda key: jnp.round(2 * key).clip(-2, 2),
+    "one-key-everywhere": lambda key: jnp.broadcast_to(key[:, :1], key.shape),
+}
+
+
+RAGGED = (8192, 8191, 5000, 2700, 700, 512, 64, 0)
+
+
+def copied_inputs(kind: str):
+    """Returns query, key, value, and the keyword arguments of a call."""
+    query, key, value = decode_inputs(*COPIED, jnp.bfloat16)
+    key = KEYS[kind](key)
+    lengths = jnp.asarray(RAGGED, jnp.int32)
+    copy = call(pallas_kernels.quantize_keys, key)
+    return query, key, value, {"topk": 512, "lengths": lengths, "quantized_key": copy}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_certified_has_the_bits_of_the_call_without_a_copy(kind):
+    *arrays, arguments = copied_inputs(kind)
+    copy = arguments.pop("quantized_key")
+    certified = functools.partial(decode, *arrays, "mosaic_gpu", quantized_key=copy, certified=True)
+    for lengths in (arguments["lengths"], jnp.full((8,), 8192, jnp.int32)):
+        arguments["lengths"] = lengths
+        wanted = decode(*arrays, "mosaic_gpu", **arguments)
+        assert_same_bits(certified(**arguments), wanted)
+        assert_same_bits(certified(**arguments), wanted)
+
+
+def test_the_copy_settles_random_keys_and_not_those_that_are_equal(monkeypatch):
+    """Else `certified` would only cost time, or could not be right."""
+    fell_back = []
+    original = mosaic_gpu.topk_decode_attention
+
+    def watched(*arrays, **arguments):
+        jax.debug.callback(lambda: fell_back.append(True))
+        return original(*arrays, **arguments)
+
+    monkeypatch.setattr(mosaic_gpu, "topk_decode_attention", watched)
+    run = jax.jit(
+        lambda *arrays, **traced: pallas_kernels.topk_decode_attention(
+            *arrays, topk=512, certified=True, implementation="mosaic_gpu", **traced
+        )
+    )
+    for kind, falls_back in (("random", False), ("one-key-everywhere", True)):
+        *arrays, arguments = copied_inputs(kind)
+        del arguments["topk"]
+        jax.block_until_ready(run(*arrays, **arguments))
+        jax.effects_barrier()
+        assert bool(fell_back) is falls_back, kind
+
+
+def test_ranking_by_the_copy_adds_no_error_of_its_own():
+    """Sets against those of float32; outputs by RMS, as without a copy."""
+    *arrays, arguments = copied_inputs("random")
+    got = decode(*arrays, "mosaic_gpu", **arguments)
+    assert_same_bits(decode(*arrays, "mosaic_gpu", **arguments), got)
+    plain, _ = decode(*arrays, "xla", **arguments)
+    oracle, wanted = decode(*(x.astype(jnp.float32) for x in arrays), "xla", **arguments)
+    selected, wanted = got[1].selection, wanted.selection
+    assert_same_bits(selected.count, wanted.count)
+    lists = (np.asarray(x.indices).reshape(-1, 512) for x in (selected, wanted))
+    same = [len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(*lists, strict=True)]
+    # Sums by the kernel are exact and those of float32 are not, so a member at the edge may differ.
+    assert (np.asarray(same) >= np.asarray(wanted.count).ravel() - 1).all()
+    error = lambda x: np.asarray(x, np.float32) - np.asarray(oracle)
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+    ulp = float(jnp.finfo(jnp.bfloat16).eps) * float(np.abs(oracle).max())
+    assert rms(error(got[0])) <= 1.5 * rms(error(plain))
+    assert np.abs(error(got[0])).max() <= max(2 * np.abs(error(plain)).max(), ulp)

@@ -18,6 +18,21 @@ spec = jax.ShapeDtypeStruct
 every_chip = pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 
 
+def on_every_chip(cases, *, by_default: int):
+    """Runs the first cases on every chip, and by default the others on the smallest one alone."""
+    runs = [
+        pytest.param(
+            case,
+            chip,
+            id=f"{case}-{chip}",
+            marks=() if index < by_default or chip == "v5e" else pytest.mark.slow,
+        )
+        for index, case in enumerate(cases)
+        for chip in aot.TOPOLOGIES
+    ]
+    return pytest.mark.parametrize(("case", "chip"), runs)
+
+
 def compile_select(shape, dtype, *, chip, **kwargs):
     select = lambda x, n: pk.topk_select(x, 2048, lengths=n, implementation="mosaic_tpu", **kwargs)
     return aot.compile_tpu(select, spec(shape, dtype), spec(shape[:-1], jnp.int32), chip=chip)
@@ -30,6 +45,33 @@ def compile_decode(b, s, n, k, h, v, dtype, *, chip, topk=64, **kwargs):
     shapes = (b, n, h), (b, s, k, h), (b, s, k, v)
     arrays = [spec(shape, dtype) for shape in shapes]
     return aot.compile_tpu(decode, *arrays, spec((b,), jnp.int32), chip=chip)
+
+
+def compile_paged_decode(b, pages, page, n, k, h, v, dtype, *, chip, **kwargs):
+    decode = lambda q, key, value, lengths, table: pk.topk_decode_attention(
+        q,
+        key,
+        value,
+        topk=64,
+        lengths=lengths,
+        page_table=table,
+        implementation="mosaic_tpu",
+        **kwargs,
+    )
+    shapes = (b, n, h), (b * pages, page, k, h), (b * pages, page, k, v)
+    arrays = [spec(shape, dtype) for shape in shapes]
+    integers = spec((b,), jnp.int32), spec((b, pages), jnp.int32)
+    return aot.compile_tpu(decode, *arrays, *integers, chip=chip)
+
+
+def compile_gather(b, t, s, n, k, scopes, slots, dtype, *, chip, page=None):
+    gather = lambda q, key, value, indices, *table: pk.gather_attention(
+        q, key, value, indices, page_table=table[0] if table else None, implementation="mosaic_tpu"
+    )
+    cache = spec((b, s, k, 128) if page is None else (b * s // page, page, k, 128), dtype)
+    arrays = spec((b, t, n, 128), dtype), cache, cache, spec((b, t, scopes, slots), jnp.int32)
+    table = () if page is None else (spec((b, s // page), jnp.int32),)
+    return aot.compile_tpu(gather, *arrays, *table, chip=chip)
 
 
 def assert_nothing_long_is_made(compiled):
@@ -67,6 +109,50 @@ DECODES = {
 def test_decode_compiles_without_a_copy_of_the_cache(case, chip):
     shape, kwargs = DECODES[case]
     assert_nothing_long_is_made(compile_decode(*shape, chip=chip, **kwargs))
+
+
+# B, pages, page, N, K, H, V, dtype, options.
+PAGED = {
+    "llama 128k": ((8, 8192, 16, 32, 8, 128, 128, BF16), {}),
+    "head-major": ((2, 512, 16, 10, 5, 128, 128, F32), {"window": 500}),
+    "narrow heads": ((2, 64, 128, 9, 3, 64, 64, BF16), {"scope": "layer"}),
+    "a block of half a page": (
+        (2, 32, 256, 8, 2, 128, 128, F32),
+        {"block_sizes": TopKDecodeBlockSizes(block_kv=128)},
+    ),
+}
+
+
+@on_every_chip(PAGED, by_default=1)
+def test_decode_of_pages_compiles_without_a_copy_of_the_pool(case, chip):
+    shape, kwargs = PAGED[case]
+    assert_nothing_long_is_made(compile_paged_decode(*shape, chip=chip, **kwargs))
+
+
+# B, T, S, N, K, G, slots, dtype, page; the caches hold 2 GiB or more where S is 131072.
+GATHERS = {
+    "layer": (8, 1, 131072, 32, 8, 1, 2048, BF16, None),
+    "group": (8, 1, 131072, 32, 8, 8, 2048, BF16, None),
+    "head": (8, 1, 131072, 32, 8, 32, 2048, BF16, None),
+    "layer, paged": (8, 1, 131072, 32, 8, 1, 2048, BF16, 16),
+    "group, paged": (8, 1, 131072, 32, 8, 8, 2048, BF16, 16),
+    "head, paged, f32": (4, 1, 131072, 32, 8, 32, 2048, F32, 256),
+    "layer, f32": (4, 1, 131072, 32, 8, 1, 2048, F32, None),
+    "group, f32, eight rows": (4, 8, 131072, 32, 8, 8, 2048, F32, None),
+    "two heads, uneven": (2, 3, 32768, 6, 2, 2, 77, BF16, None),
+    "one head": (2, 3, 32768, 5, 1, 1, 77, F32, None),
+}
+
+
+@on_every_chip(GATHERS, by_default=3)
+def test_gather_compiles_without_a_copy_of_the_cache(case, chip):
+    *shape, page = GATHERS[case]
+    compiled = compile_gather(*shape, chip=chip, page=page)
+    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", compiled.as_text())) == 1
+    # The lists are laid out part by part, and turned to rows of the pool before that.
+    b, t, *_, scopes, slots, _ = shape
+    lists = 4 * b * t * scopes * slots
+    assert compiled.memory_analysis().temp_size_in_bytes < SMALL + 4 * lists
 
 
 @pytest.mark.parametrize("chip", ["v5e", "tpu7x"])

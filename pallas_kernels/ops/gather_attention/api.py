@@ -5,14 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.core import checks, dispatch
-from pallas_kernels.ops.gather_attention import mosaic_gpu, reference, xla
+from pallas_kernels.core import checks, dispatch, paging
+from pallas_kernels.ops.gather_attention import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
 
 _OP = "gather_attention"
 _TABLE = {
     "reference": reference.gather_attention,
     "xla": xla.gather_attention,
+    "mosaic_tpu": mosaic_tpu.gather_attention,
     "mosaic_gpu": mosaic_gpu.gather_attention,
 }
 
@@ -29,11 +30,12 @@ class GatherAttentionResiduals(NamedTuple):
 
 def gather_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
+    key: Float[Array, "B S K H"] | Float[Array, "P page K H"],
+    value: Float[Array, "B S K V"] | Float[Array, "P page K V"],
     indices: Int32[Array, "B T G k"],
     *,
     lengths: Int32[Array, "B"] | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation = None,
     block_sizes: GatherAttentionBlockSizes | None = None,
@@ -57,8 +59,12 @@ def gather_attention(
       query, key, value: one dtype; N a multiple of K, query head n reads key/value head n // (N / K).
       indices: one list for each of G scopes: all heads (G = 1), the heads of a key/value head (K), or each head (N).
       lengths: valid keys of each sequence; None means all S.
+      page_table: key and value are pools of pages (16, 32, 64, 128 or 256 tokens each), and these are the pages of each
+        sequence, in order; S is then pages * page. Entries of pages past a sequence's length are never followed. For
+        decoding: only "reference" differentiates it where B > 1.
       scale: None means H ** -0.5.
-      implementation: "reference", "xla", "mosaic_gpu" (its backward is that of "xla"), or names in order of preference.
+      implementation: "reference", "xla", "mosaic_tpu", "mosaic_gpu" (their backward is that of "xla"), or names in order of
+        preference.
       block_sizes: None takes the heuristic ones.
       return_residuals: also return `GatherAttentionResiduals`.
 
@@ -73,7 +79,12 @@ def gather_attention(
         jnp.asarray(value),
         jnp.asarray(indices),
     )
-    b, t, s = checks.attention(_OP, query, key, value)
+    if page_table is None:
+        b, t, s = checks.attention(_OP, query, key, value)
+    else:
+        checks.paged_attention(_OP, query, key, value)
+        b, t = query.shape[:2]
+        page_table, s = paging.check(_OP, key, value, page_table, b)
     n, h = query.shape[2:]
     k = key.shape[2]
     checks.integer(_OP, "indices", indices)
@@ -89,7 +100,9 @@ def gather_attention(
         )
     lengths = checks.optional_integer(_OP, "lengths", lengths, "B", B=b)
     bound = jnp.full((b,), s, jnp.int32) if lengths is None else jnp.minimum(lengths, s)
-    valid = (indices >= 0) & (indices < bound[:, None, None, None])
+    indices = jnp.where((indices >= 0) & (indices < bound[:, None, None, None]), indices, -1)
+    if page_table is not None:
+        key, value, indices = _as_one_table(key, value, indices, page_table, lengths)
     out, lse = dispatch.call(
         _OP,
         implementation,
@@ -97,8 +110,19 @@ def gather_attention(
         query,
         key,
         value,
-        jnp.where(valid, indices, -1),
+        indices,
         scale=float(h**-0.5 if scale is None else scale),
         block_sizes=block_sizes,
     )
     return (out, GatherAttentionResiduals(lse)) if return_residuals else out
+
+
+def _as_one_table(key, value, indices, page_table, lengths):
+    """Returns the pools as tables [1, P * page, K, ...] that all sequences share, and the lists in their rows.
+
+    Implementations read the same table for each sequence where key and value have a batch axis of 1.
+    """
+    num_pages, page, k, _ = key.shape
+    table = paging.safe_table(page_table, lengths, page=page, num_pages=num_pages)
+    rows = lambda pool: pool.reshape(1, num_pages * page, k, -1)
+    return rows(key), rows(value), paging.pool_rows(indices, table, page)

@@ -13,15 +13,19 @@ class GatherAttentionBlockSizes:
 
     block_q: query rows whose listed keys and values "xla" holds at a time; a block of the GPU kernel holds one.
     block_q_backward: the same in the backward; with "counts", rows whose weights over all keys are held at a time.
+    block_slots: slots of a list that the TPU kernel takes at a time.
+    num_splits: parts that a list is divided into by the GPU kernel, run side by side.
     backward: "lists" (time T x k, a scatter-add) or "counts" (time T x S, matrix products), see `xla_vjp`.
     """
 
     block_q: int | None = None
     block_q_backward: int | None = None
+    block_slots: int | None = None
+    num_splits: int | None = None
     backward: str | None = None
 
     def __post_init__(self):
-        for name in ("block_q", "block_q_backward"):
+        for name in ("block_q", "block_q_backward", "block_slots", "num_splits"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(

@@ -43,13 +43,17 @@ class Layout:
         return indices.reshape(b, c, self.p, self.r, size)
 
     def fetch(
-        self, x: Float[Array, "B S K size"], indices: Int32[Array, "B C P R k"]
+        self, x: Float[Array, "#B S K size"], indices: Int32[Array, "B C P R k"]
     ) -> Float[Array, "B C P R k W size"]:
-        """Gathers what each slot lists, 0 where it is masked."""
-        b, s, _, size = x.shape
-        x = x.reshape(b, s, self.p, self.w * size)
+        """Gathers what each slot lists, 0 where it is masked; a batch axis of 1 is one table for all."""
+        tables, s, _, size = x.shape
+        x = x.reshape(tables, s, self.p, self.w * size)
         one_head = lambda x, i: x.at[i].get(mode="fill", fill_value=0)
-        rows = jax.vmap(jax.vmap(one_head, (1, 1), 1))(x, indices)
+        heads = jax.vmap(one_head, (1, 1), 1)
+        if tables == indices.shape[0]:
+            rows = jax.vmap(heads)(x, indices)
+        else:
+            rows = jax.vmap(heads, (None, 0))(x[0], indices)
         return rows.reshape(*indices.shape, self.w, size)
 
 

@@ -6,7 +6,8 @@ when a part raises the max, what was summed before is scaled down. Then the part
 weights. Masked slots read row 0, with weight 0, and it does not enter the sums, whatever it holds. The splits of a list are
 merged by log-sum-exp, in XLA.
 
-Grid (B * T, blocks of heads, splits), one warpgroup. The backward is that of `xla`.
+Grid (B * T, blocks of heads, splits), one warpgroup. A cache in pages comes as one table for all sequences, and lists of its
+rows. The backward is that of `xla`.
 """
 
 import functools
@@ -21,6 +22,7 @@ from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, online_softmax, varying
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.ops.gather_attention import xla
+from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
 
 _OP = "gather_attention: mosaic_gpu"
 _LANES = 128
@@ -32,8 +34,8 @@ _MAX_HEADS = 16  # of a block
 def _gather_kernel(
     # inputs, global memory
     query_ref,  # [B, T, N, >= H] f32
-    key_ref,  # [B, S, K, H]
-    value_ref,  # [B, S, K, V]
+    key_ref,  # [B, S, K, H]; a batch axis of 1 is one table for all
+    value_ref,  # [B, S, K, V], likewise
     indices_ref,  # [B, T, G, slots] i32
     # outputs, global memory
     acc_ref,  # [splits, B, T, N, >= V] f32, sum of exp(s - m) * value
@@ -58,7 +60,8 @@ def _gather_kernel(
     b, t = lax.div(row, num_rows), lax.rem(row, num_rows)
     first = block * heads
     kv_head, scope = lax.div(first, num_heads // kv_heads), lax.div(first, num_heads // scopes)
-    keys, values = key_ref.at[b, :, kv_head], value_ref.at[b, :, kv_head]
+    table = 0 if key_ref.shape[0] == 1 else b
+    keys, values = key_ref.at[table, :, kv_head], value_ref.at[table, :, kv_head]
 
     wide = plgpu.Layout.WG_STRIDED((pitch,), vec_size=1)
     for h in range(heads):
@@ -123,7 +126,26 @@ def _heads_of_a_block(num_heads: int, kv_heads: int, scopes: int) -> int:
     return next(n for n in range(min(shared, _MAX_HEADS), 0, -1) if shared % n == 0)
 
 
-def _attend(query, key, value, indices, scale):
+def _splits(query, key, indices, block_sizes: GatherAttentionBlockSizes | None) -> int:
+    """Returns how many parts a list is divided into: the caller's number, else the tuned one, else what fills the device."""
+    b, t, n, h = query.shape
+    k, (scopes, size) = key.shape[2], indices.shape[2:]
+    blocks = b * t * (n // _heads_of_a_block(n, k, scopes))
+    sizes = block_sizes_.resolve(
+        "gather_attention",
+        "mosaic_gpu",
+        block_sizes,
+        cls=GatherAttentionBlockSizes,
+        dtype=query.dtype.name,
+        bucket={"blocks": blocks, "slots": size, "head": h},
+        heuristic=GatherAttentionBlockSizes,
+    )
+    return block_sizes_.even_splits(
+        pl.cdiv(size, _PART), sizes.num_splits or pl.cdiv(_BLOCKS, blocks)
+    )
+
+
+def _attend(query, key, value, indices, scale, splits: int):
     """Returns out [B, T, N, V] and lse [B, N, T]; indices hold -1 where masked."""
     b, t, n, h = query.shape
     _, _, k, v_size = value.shape
@@ -131,7 +153,6 @@ def _attend(query, key, value, indices, scale):
     options = interpret_options()
     heads = _heads_of_a_block(n, k, scopes)
     slots = pl.cdiv(size, _PART) * _PART
-    splits = block_sizes_.even_splits(slots // _PART, pl.cdiv(_BLOCKS, b * t * (n // heads)))
     pitch = pl.cdiv(h, _LANES) * _LANES
     query = jnp.pad(query.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, pitch - h)))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, slots - size)), constant_values=-1)
@@ -165,17 +186,17 @@ def _attend(query, key, value, indices, scale):
     return out.astype(value.dtype), jnp.swapaxes(lse, 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(rule: xla.Rule, query, key, value, indices):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(rule: xla.Rule, splits: int, query, key, value, indices):
     indices = jnp.where(indices < key.shape[1], indices, -1)
-    return _attend(query, key, value, indices, rule.scale)
+    return _attend(query, key, value, indices, rule.scale, splits)
 
 
-def _gather_fwd(rule, query, key, value, indices):
-    return _gather(rule, query, key, value, indices), (query, key, value, indices)
+def _gather_fwd(rule, splits, query, key, value, indices):
+    return _gather(rule, splits, query, key, value, indices), (query, key, value, indices)
 
 
-_gather.defvjp(_gather_fwd, xla.attend_bwd)
+_gather.defvjp(_gather_fwd, lambda rule, _, *rest: xla.attend_bwd(rule, *rest))
 
 
 def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
@@ -197,4 +218,5 @@ def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
         gpu_lanes.check_table(_OP, name, key if name == "key" else value)
     rule = xla.rule_of(query, key, value, indices, scale, block_sizes)
     indices = jnp.where(indices < 0, key.shape[1], indices)
-    return _gather(rule, *varying.align(query, key, value, indices))
+    splits = _splits(query, key, indices, block_sizes)
+    return _gather(rule, splits, *varying.align(query, key, value, indices))

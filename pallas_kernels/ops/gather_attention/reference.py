@@ -14,7 +14,8 @@ def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
     listed = jnp.repeat(jnp.swapaxes(indices, 1, 2), n // indices.shape[2], axis=1)  # [B, N, T, k]
     valid = listed >= 0
     head = jnp.arange(n, dtype=jnp.int32)[None, :, None, None] // (n // k)
-    batch = jnp.arange(b, dtype=jnp.int32)[:, None, None, None]
+    # A batch axis of 1 is one table for all.
+    batch = jnp.arange(b, dtype=jnp.int32)[:, None, None, None] % key.shape[0]
     take = lambda x: x[batch, jnp.maximum(listed, 0), head]  # [B, N, T, k, H or V]
 
     def dot(query, keys):

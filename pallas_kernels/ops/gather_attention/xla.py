@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import online_softmax, platform, precision, row_chunks, varying
 from pallas_kernels.ops.gather_attention import lists, xla_vjp
 from pallas_kernels.ops.gather_attention.block_sizes import (
@@ -38,7 +39,15 @@ def rule_of(query, key, value, indices, scale, block_sizes):
     b, t, n, h = query.shape
     _, s, k, v = value.shape
     g, size = indices.shape[2:]
-    sizes = GatherAttentionBlockSizes() if block_sizes is None else block_sizes
+    sizes = block_sizes_.resolve(
+        "gather_attention",
+        "xla",
+        block_sizes,
+        cls=GatherAttentionBlockSizes,
+        dtype=query.dtype.name,
+        bucket={"batch": b, "rows": t, "slots": max(g, k) * size, "head": h},
+        heuristic=GatherAttentionBlockSizes,
+    )
     backward = sizes.backward or cheaper_backward(max(g, k) * size, n * s)
     if backward == "lists" and platform.target_platform() == "gpu":
         raise NotImplementedError(
@@ -98,6 +107,11 @@ def _attend_fwd(rule, query, key, value, indices):
 
 def attend_bwd(rule: Rule, residuals, cotangents):
     """Returns the cotangents of query, key and value, and None; residuals are those and the indices, S where masked."""
+    query, key = residuals[:2]
+    if key.shape[0] != query.shape[0]:
+        raise NotImplementedError(
+            f"{_OP} got a page_table under differentiation, wanted None: only 'reference' differentiates a paged cache"
+        )
     d_out, d_lse = cotangents
     arguments = (*residuals, d_out, jnp.swapaxes(d_lse, 1, 2))
     options = dict(chunk=rule.chunk_backward, scale=rule.scale)

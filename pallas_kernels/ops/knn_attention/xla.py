@@ -2,8 +2,9 @@
 
 from jax import lax
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import precision, row_chunks, selection
-from pallas_kernels.ops.knn_attention.block_sizes import chunk_rows
+from pallas_kernels.ops.knn_attention.block_sizes import KnnBlockSizes, chunk_rows
 from pallas_kernels.ops.topk_select import xla as topk_select
 
 
@@ -12,7 +13,15 @@ def knn_indices(query_positions, key_positions, *, neighbours, key_valid, block_
     b, t, p = query_positions.shape
     s = key_positions.shape[1]
     dtype = precision.accumulator(query_positions.dtype)
-    chunk = None if block_sizes is None else block_sizes.block_q
+    chunk = block_sizes_.resolve(
+        "knn_indices",
+        "xla",
+        block_sizes,
+        cls=KnnBlockSizes,
+        dtype=query_positions.dtype.name,
+        bucket={"batch": b, "rows": t, "s": s},
+        heuristic=KnnBlockSizes,
+    ).block_q
     chunk = chunk_rows(b, t, s) if chunk is None else min(chunk, t)
     key = key_positions.astype(dtype)
 

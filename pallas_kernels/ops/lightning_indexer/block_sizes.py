@@ -11,10 +11,12 @@ class LightningIndexerBlockSizes:
 
     block_q: query rows that are scored together.
     block_kv: keys read at a time by the kernels; "xla" reads all of them.
+    num_splits: parts that the keys are divided into by the GPU kernel, run side by side.
     """
 
     block_q: int | None = None
     block_kv: int | None = None
+    num_splits: int | None = None
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():

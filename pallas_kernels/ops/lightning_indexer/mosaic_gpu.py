@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
@@ -139,7 +140,21 @@ def _ends(index_query, index_key, causal: bool, lengths):
     return end if lengths is None else jnp.minimum(end, jnp.clip(lengths, 0, s)[:, None])
 
 
-def _scores(index_query, index_key, head_weights, end, block_q: int | None = None):
+def _sizes(op: str, index_query, index_key, block_sizes) -> LightningIndexerBlockSizes:
+    """Returns the caller's sizes, else the tuned ones, else those that leave every choice to the kernel."""
+    b, t, i, d = index_query.shape
+    return block_sizes_.resolve(
+        op,
+        "mosaic_gpu",
+        block_sizes,
+        cls=LightningIndexerBlockSizes,
+        dtype=index_query.dtype.name,
+        bucket={"rows": b * t, "s": index_key.shape[1], "heads": i, "head": d},
+        heuristic=LightningIndexerBlockSizes,
+    )
+
+
+def _scores(index_query, index_key, head_weights, end, sizes: LightningIndexerBlockSizes):
     """Returns the scores of every key before `end` [B, T], float32 [B, T, S]; elsewhere anything."""
     b, t, i, d = index_query.shape
     s = index_key.shape[1]
@@ -149,8 +164,8 @@ def _scores(index_query, index_key, head_weights, end, block_q: int | None = Non
     weights = _pad_to(head_weights.astype(jnp.float32), 2, heads)
     key = _pad_to(index_key, 2, depth)
     rows = max(1, min(t, _MAX_COLUMNS // heads))
-    if block_q is not None:
-        rows = min(rows, block_q)
+    if sizes.block_q is not None:
+        rows = min(rows, sizes.block_q)
     blocks = pl.cdiv(t, rows)
     query, weights = (_pad_to(x, 1, blocks * rows) for x in (query, weights))
     block_end = jnp.max(_pad_to(end, 1, blocks * rows).reshape(b, blocks, rows), axis=2)
@@ -159,6 +174,8 @@ def _scores(index_query, index_key, head_weights, end, block_q: int | None = Non
     key = _pad_to(key, 1, max(pl.cdiv(s, 8) * 8, tile))
     width = key.shape[1]
     splits = max(1, min(pl.cdiv(_BLOCKS, b * blocks), width // (4 * tile)))
+    if sizes.num_splits is not None:
+        splits = max(1, min(sizes.num_splits, width // tile))
     swizzled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
     scores = plgpu.kernel(
         functools.partial(_score_kernel, splits=splits),
@@ -186,8 +203,8 @@ def indexer_scores(index_query, index_key, head_weights, *, causal, lengths, blo
     """Arguments as the public function, checked."""
     _check("indexer_scores", index_query, block_sizes)
     end = _ends(index_query, index_key, causal, lengths)
-    block_q = None if block_sizes is None else block_sizes.block_q
-    scores = _scores(index_query, index_key, head_weights, end, block_q)
+    sizes = _sizes("indexer_scores", index_query, index_key, block_sizes)
+    scores = _scores(index_query, index_key, head_weights, end, sizes)
     index = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     return jnp.where(index < end[..., None], scores, -jnp.inf)
 
@@ -207,7 +224,7 @@ def indexer_select(
     _check("indexer_select", index_query, block_sizes)
     b, t, _, _ = index_query.shape
     s = index_key.shape[1]
-    block_q = None if block_sizes is None else block_sizes.block_q
+    sizes = _sizes("indexer_select", index_query, index_key, block_sizes)
     end = _ends(index_query, index_key, causal, lengths)
     budget = selection.rows_of(topk, (b, t))
     size = min(topk, s) if isinstance(topk, int) else None
@@ -217,7 +234,7 @@ def indexer_select(
         """Selects for [B, chunk] rows; returns arrays [B, chunk, ...]."""
         rows = query.shape[1]
         # Keys past the last that any of these rows sees need not be looked at, but shapes are static.
-        scores = _scores(query, index_key, weights, end, block_q).reshape(b * rows, s)
+        scores = _scores(query, index_key, weights, end, sizes).reshape(b * rows, s)
         found = topk_select.select(
             scores,
             jnp.zeros((b * rows,), jnp.int32),

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import masks, precision, row_chunks, selection
 from pallas_kernels.core.selection import TopKSelection
-from pallas_kernels.ops.lightning_indexer.block_sizes import chunk_rows
+from pallas_kernels.ops.lightning_indexer.block_sizes import LightningIndexerBlockSizes, chunk_rows
 from pallas_kernels.ops.lightning_indexer.reference import relu
 from pallas_kernels.ops.topk_select import xla as topk_select
 
@@ -38,7 +39,7 @@ def score(
 
 
 def _over_chunks(
-    body, index_query, index_key, head_weights, extra, *, causal, lengths, block_sizes
+    op, body, index_query, index_key, head_weights, extra, *, causal, lengths, block_sizes
 ):
     """Runs body(scores [B, C, S], visible, extra rows) over chunks of rows; returns its results, rows on axis 1.
 
@@ -47,7 +48,15 @@ def _over_chunks(
     """
     b, t, i, _ = index_query.shape
     s = index_key.shape[1]
-    chunk = None if block_sizes is None else block_sizes.block_q
+    chunk = block_sizes_.resolve(
+        op,
+        "xla",
+        block_sizes,
+        cls=LightningIndexerBlockSizes,
+        dtype=index_query.dtype.name,
+        bucket={"batch": b, "rows": t, "s": s, "heads": i},
+        heuristic=LightningIndexerBlockSizes,
+    ).block_q
     chunk = chunk_rows(b, t, i, s) if chunk is None else min(chunk, t)
     keys = jnp.arange(s, dtype=jnp.int32)
 
@@ -69,6 +78,7 @@ def indexer_scores(index_query, index_key, head_weights, *, causal, lengths, blo
 
     nothing = jnp.zeros(index_query.shape[:2], jnp.int32)
     return _over_chunks(
+        "indexer_scores",
         mask,
         index_query,
         index_key,
@@ -102,6 +112,7 @@ def indexer_select(
         return TopKSelection(indices, count, threshold, tie_cut)
 
     return _over_chunks(
+        "indexer_select",
         search,
         index_query,
         index_key,

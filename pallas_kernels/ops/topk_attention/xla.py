@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import masks, online_softmax, row_chunks, selection, varying
 from pallas_kernels.core import pooling as pooling_
-from pallas_kernels.ops.topk_attention.block_sizes import chunk_rows
+from pallas_kernels.ops.topk_attention.block_sizes import TopKAttentionBlockSizes, chunk_rows
 from pallas_kernels.ops.topk_select import xla as topk_select
 
 
@@ -80,7 +81,15 @@ def topk_attention(
     """Arguments as the public function, checked; returns (out, lse, threshold, tie_cut)."""
     b, t, n, _ = query.shape
     _, s, k, _ = key.shape
-    chunk = None if block_sizes is None else block_sizes.block_q
+    chunk = block_sizes_.resolve(
+        "topk_attention",
+        "xla",
+        block_sizes,
+        cls=TopKAttentionBlockSizes,
+        dtype=query.dtype.name,
+        bucket={"batch": b, "rows": t, "s": s, "heads": n},
+        heuristic=TopKAttentionBlockSizes,
+    ).block_q
     rule = _Rule(
         num_rows=t,
         chunk=chunk_rows(b, t, n, s) if chunk is None else min(chunk, t),

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.core import checks, dispatch
+from pallas_kernels.core import checks, dispatch, paging, quantization
 from pallas_kernels.core.pooling import POOLINGS, SCOPES
+from pallas_kernels.core.quantization import QuantizedKeys
 from pallas_kernels.core.selection import TopKSelection
-from pallas_kernels.ops.topk_decode_attention import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.ops.topk_decode_attention import mosaic_tpu, quantized_gpu, reference, xla
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 
 _OP = "topk_decode_attention"
@@ -16,7 +17,7 @@ _TABLE = {
     "reference": reference.topk_decode_attention,
     "xla": xla.topk_decode_attention,
     "mosaic_tpu": mosaic_tpu.topk_decode_attention,
-    "mosaic_gpu": mosaic_gpu.topk_decode_attention,
+    "mosaic_gpu": quantized_gpu.topk_decode_attention,
 }
 
 
@@ -34,14 +35,17 @@ class TopKDecodeResiduals(NamedTuple):
 
 def topk_decode_attention(
     query: Float[Array, "B N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
+    key: Float[Array, "B S K H"] | Float[Array, "P page K H"],
+    value: Float[Array, "B S K V"] | Float[Array, "P page K V"],
     *,
     topk: int | Int32[Array, "..."],
     lengths: Int32[Array, "B"] | None = None,
     scope: str = "head",
     pooling: str = "prob_sum",
     window: int | None = None,
+    page_table: Int32[Array, "B pages"] | None = None,
+    quantized_key: QuantizedKeys | None = None,
+    certified: bool = False,
     scale: float | None = None,
     implementation: dispatch.Implementation = None,
     block_sizes: TopKDecodeBlockSizes | None = None,
@@ -63,6 +67,12 @@ def topk_decode_attention(
       scope: "head" (each query head picks its own keys), "group" (one set per key/value head) or "layer" (one for all).
       pooling: how a shared scope ranks: "prob_sum" (sum over heads of softmax), "prob_max", "score_mean", "score_max".
       window: only the last `window` valid keys are visible; None means all.
+      page_table: key and value are pools of pages (16, 32, 64, 128 or 256 tokens each), and these are the pages of each
+        sequence, in order; S is then pages * page. Entries of pages past a sequence's length are never followed.
+      quantized_key: an eight-bit copy of `key` (`quantize_keys`), in the same pages. It is what ranks the keys, so half of the
+        bytes are read; the softmax is over the true scores of the kept keys. Its set is not the exact one, unless `certified`.
+      certified: with `quantized_key`, return exactly what is returned without it, bit for bit: the copy bounds each score, and
+        only keys that the bounds leave undecided are scored again from `key`.
       scale: None means H ** -0.5.
       implementation: "reference", "xla", "mosaic_tpu", "mosaic_gpu", or names in order of preference.
       block_sizes: tile sizes of the kernels; None takes the tuned or the heuristic ones.
@@ -75,9 +85,14 @@ def topk_decode_attention(
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     checks.shape(_OP, "query", query, "B N H")
     b, n, h = query.shape
-    checks.shape(_OP, "key", key, "B S K H", B=b, H=h)
-    _, s, k, _ = key.shape
-    checks.shape(_OP, "value", value, "B S K V", B=b, S=s, K=k)
+    if page_table is None:
+        checks.shape(_OP, "key", key, "B S K H", B=b, H=h)
+        checks.shape(_OP, "value", value, "B S K V", B=b, S=key.shape[1], K=key.shape[2])
+    else:
+        page_table, _ = paging.check(_OP, key, value, page_table, b)
+        checks.shape(_OP, "key", key, "P page K H", H=h)
+        checks.shape(_OP, "value", value, "P page K V", K=key.shape[2])
+    k = key.shape[2]
     checks.heads(_OP, n, k)
     checks.floating(_OP, "query", query)
     checks.same_dtype(_OP, query=query, key=key, value=value)
@@ -90,6 +105,10 @@ def topk_decode_attention(
         lengths = jnp.asarray(lengths)
         checks.integer(_OP, "lengths", lengths)
         checks.shape(_OP, "lengths", lengths, "B", B=b)
+    if quantized_key is not None:
+        quantized_key = quantization.check(_OP, quantized_key, key)
+    elif certified:
+        raise ValueError(f"{_OP}: certified got True, wanted False where quantized_key is None")
     out, lse, selection = dispatch.call(
         _OP,
         implementation,
@@ -102,6 +121,9 @@ def topk_decode_attention(
         scope=scope,
         pooling=pooling,
         window=window,
+        page_table=page_table,
+        quantized_key=quantized_key,
+        certified=certified,
         scale=float(h**-0.5 if scale is None else scale),
         block_sizes=block_sizes,
         with_indices=return_residuals and isinstance(topk, int),

@@ -14,6 +14,9 @@ depends on shapes alone: two runs give the same bits.
 
 One warpgroup a block. Head sizes are multiples of 8 up to 256. A cache shorter than one tile is padded, a longer one is read in
 place: its last tile starts early and scores some keys twice.
+
+A cache in pages is read in place too, whatever its length: a tile is a copy of each of its pages, and listed places become
+rows of the pool before their values are read. The steps, and so the bits of the result, are those of a contiguous cache.
 """
 
 import functools
@@ -25,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, gpu_lanes, masks, online_softmax, selection
+from pallas_kernels.core import compat, gpu_lanes, masks, online_softmax, paging, selection
 from pallas_kernels.core import pooling as pooling_
+from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
@@ -62,7 +66,8 @@ def _visible_tiles(start_ref, end_ref, b, split, splits: int, num_keys: int, til
 def _score_tiles_kernel(
     # inputs, global memory
     query_ref,  # [B, K, heads, H], the group's queries and zeros
-    key_ref,  # [B, S, K, H]
+    key_ref,  # [B, S, K, H], or pages [P, page, K, H]
+    table_ref,  # None, or [B, pages] i32
     start_ref,  # [B] i32, first visible key
     end_ref,  # [B] i32, one past the last
     # outputs, global memory
@@ -73,28 +78,40 @@ def _score_tiles_kernel(
     loaded,  # barrier
     filled,  # barriers, one a stage
     *,
+    num_keys: int,
     scale: float,
     splits: int,
     interpreted: bool,
 ):
-    stages, (_, num_keys, _, _) = tiles_ref.shape[0], key_ref.shape
+    stages = tiles_ref.shape[0]
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
     first, last, offset_of = _visible_tiles(start_ref, end_ref, b, split, splits, num_keys, _TILE)
+    keys = CacheTiles(
+        cache_ref=key_ref,
+        table_ref=table_ref,
+        sequence=b,
+        head=kv,
+        start=start_ref[b],
+        end=end_ref[b],
+        rows=_TILE,
+    )
 
-    def fetch(tile):
+    def fetch(tile, pages):
         slot = lax.rem(tile - first, stages)
-        plgpu.copy_gmem_to_smem(
-            key_ref.at[b, pl.ds(offset_of(tile), _TILE), kv], tiles_ref.at[slot], filled.at[slot]
-        )
+        keys.fetch(offset_of(tile), pages, tiles_ref.at[slot], filled.at[slot])
+
+    def fetch_first(tile):
+        fetch(tile, keys.pages(offset_of(tile)))
 
     for stage in range(stages):
-        pl.when(first + stage < last)(functools.partial(fetch, first + stage))
+        pl.when(first + stage < last)(functools.partial(fetch_first, first + stage))
     plgpu.copy_gmem_to_smem(query_ref.at[b, kv], queries_ref, loaded)
     plgpu.barrier_wait(loaded)
 
     @pl.loop(first, last)
     def _(tile):
         slot = lax.rem(tile - first, stages)
+        pages = keys.pages(offset_of(tile + stages))  # ready when the next copies are
         plgpu.barrier_wait(filled.at[slot])
 
         def multiply(acc_ref):
@@ -102,7 +119,7 @@ def _score_tiles_kernel(
             return acc_ref[...]
 
         products = pl.run_scoped(multiply, plgpu.ACC((_TILE, queries_ref.shape[0]), jnp.float32))
-        pl.when(tile + stages < last)(functools.partial(fetch, tile + stages))
+        pl.when(tile + stages < last)(functools.partial(fetch, tile + stages, pages))
         gpu_lanes.store_columns(
             products * scale,
             scores_ref.at[b, kv],
@@ -115,7 +132,8 @@ def _score_tiles_kernel(
 def _score_rows_kernel(
     # inputs, global memory
     query_ref,  # [B, N, H]
-    key_ref,  # [B, S, K, H]
+    key_ref,  # [B, S, K, H], or pages [P, page, K, H]
+    table_ref,  # None, or [B, pages] i32
     start_ref,  # [B] i32, first visible key
     end_ref,  # [B] i32, one past the last
     # outputs, global memory
@@ -124,24 +142,32 @@ def _score_rows_kernel(
     tiles_ref,  # [stages, tile, H]
     filled,  # barriers, one a stage
     *,
+    num_keys: int,
     group: int,
     scale: float,
     splits: int,
 ):
-    stages = tiles_ref.shape[0]
-    _, num_keys, _, h = key_ref.shape
+    stages, _, h = tiles_ref.shape
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
     first, last, offset_of = _visible_tiles(
         start_ref, end_ref, b, split, splits, num_keys, _ROW_TILE
     )
+    cache = CacheTiles(
+        cache_ref=key_ref,
+        table_ref=table_ref,
+        sequence=b,
+        head=kv,
+        start=start_ref[b],
+        end=end_ref[b],
+        rows=_ROW_TILE,
+    )
 
-    def fetch(tile):
+    def fetch(tile, pages):
         slot = lax.rem(tile - first, stages)
-        plgpu.copy_gmem_to_smem(
-            key_ref.at[b, pl.ds(offset_of(tile), _ROW_TILE), kv],
-            tiles_ref.at[slot],
-            filled.at[slot],
-        )
+        cache.fetch(offset_of(tile), pages, tiles_ref.at[slot], filled.at[slot])
+
+    def fetch_first(tile):
+        fetch(tile, cache.pages(offset_of(tile)))
 
     def read_query(g):
         query = plgpu.load(
@@ -153,17 +179,18 @@ def _score_rows_kernel(
     queries = [read_query(g) for g in range(group)] if keep_queries else []
 
     for stage in range(stages):
-        pl.when(first + stage < last)(functools.partial(fetch, first + stage))
+        pl.when(first + stage < last)(functools.partial(fetch_first, first + stage))
 
     @pl.loop(first, last)
     def _(tile):
         slot = lax.rem(tile - first, stages)
+        pages = cache.pages(offset_of(tile + stages))  # ready when the next copies are
         plgpu.barrier_wait(filled.at[slot])
         keys = plgpu.load(tiles_ref.at[slot], layout=plgpu.Layout.WGMMA, optimized=False).astype(
             jnp.float32
         )
         plgpu.commit_smem()  # the reads above come before the copy that overwrites the slot
-        pl.when(tile + stages < last)(functools.partial(fetch, tile + stages))
+        pl.when(tile + stages < last)(functools.partial(fetch, tile + stages, pages))
 
         def score(g, query):
             products = keys * lax.broadcast_in_dim(query, keys.shape, (1,))
@@ -180,10 +207,10 @@ def _score_rows_kernel(
 
 def _attend_kernel(
     # inputs, global memory
-    places_ref,  # [B, N or sets, >= topk] i32, selected keys; the tail is garbage
+    places_ref,  # [B, N or sets, >= topk] i32, rows of selected keys; the tail is garbage
     scores_ref,  # [B, N, >= topk] f32, their scores; the tail is garbage
     count_ref,  # [B, N] i32
-    value_ref,  # [B, S, K, V]
+    value_ref,  # [B, S, K, V]; a batch axis of 1 is one table for all
     # outputs, global memory
     acc_ref,  # [splits, B, N, V] f32, sum of exp(s - m) * value
     m_ref,  # [splits, B, N] f32, max of the scores
@@ -225,7 +252,7 @@ def _attend_kernel(
 
     vector = gpu_lanes.row_vector(dtype)
     strip = plgpu.Layout.WG_STRIDED((_LANES * vector,), vec_size=vector)
-    table = value_ref.at[b, :, lax.div(head, group)]
+    table = value_ref.at[0 if value_ref.shape[0] == 1 else b, :, lax.div(head, group)]
 
     def attend(index, carry):
         acc, total = carry
@@ -275,6 +302,27 @@ def _check(query, key, value, block_sizes):
         )
 
 
+def _sizes(query, num_keys: int, kv_heads: int, topk, block_sizes) -> TopKDecodeBlockSizes:
+    """Returns the caller's sizes, else the tuned ones, else those that leave every choice to the kernels."""
+    b, n, h = query.shape
+    size = topk if isinstance(topk, int) else num_keys
+    return block_sizes_.resolve(
+        "topk_decode_attention",
+        "mosaic_gpu",
+        block_sizes,
+        cls=TopKDecodeBlockSizes,
+        dtype=query.dtype.name,
+        bucket={
+            "rows": b * kv_heads,
+            "s": num_keys,
+            "topk": size,
+            "head": h,
+            "group": n // kv_heads,
+        },
+        heuristic=TopKDecodeBlockSizes,
+    )
+
+
 def topk_decode_attention(
     query,
     key,
@@ -285,18 +333,29 @@ def topk_decode_attention(
     scope,
     pooling,
     window,
+    page_table,
+    quantized_key,
+    certified,
     scale,
     with_indices,
     block_sizes: TopKDecodeBlockSizes | None = None,
 ):
     """Arguments as the public function, checked; returns (out, lse, TopKSelection)."""
+    if quantized_key is not None:
+        raise NotImplementedError(f"{_OP} got a quantized_key, wanted None")
+    table, page = None, 0
+    if page_table is not None:
+        num_pages, page, k, v_size = value.shape
+        table = paging.safe_table(page_table, lengths, page=page, num_pages=num_pages)
+        value = value.reshape(1, num_pages * page, k, v_size)
     _check(query, key, value, block_sizes)
     b, n, h = query.shape
-    _, num_keys, k, v_size = value.shape
+    k = value.shape[2]
+    num_keys = value.shape[1] if table is None else table.shape[1] * page
     end = jnp.full((b,), num_keys, jnp.int32) if lengths is None else jnp.clip(lengths, 0, num_keys)
     start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
-    wanted = None if block_sizes is None else block_sizes.num_splits
-    scores = _scores(query, key, start, end, scale, wanted)
+    sizes = _sizes(query, num_keys, k, topk, block_sizes)
+    scores = _scores(query, key, start, end, scale, sizes.num_splits, table)
     padded = scores.shape[2]
 
     num_sets = pooling_.num_sets(scope, n, k)
@@ -323,18 +382,23 @@ def topk_decode_attention(
     else:
         at_places = listed_scores[0].reshape(b, n, size)
     counts = jnp.repeat(count, per_set, axis=1)
-    out, lse = _attend(at_places, places, counts, value, wanted)
+    rows = places if table is None else paging.pool_rows(places, table, page)
+    out, lse = _attend(at_places, rows, counts, value, sizes.list_splits or sizes.num_splits)
 
     indices = None
     if with_indices:
         indices = jnp.pad(places, ((0, 0), (0, 0), (0, topk - size)), constant_values=-1)
     selected = TopKSelection(indices, count, threshold, cut)
-    return out.astype(query.dtype), lse, selection.repeat_for_heads(selected, per_set)
+    return out, lse, selection.repeat_for_heads(selected, per_set)
 
 
-def _scores(query, key, start, end, scale, wanted):
-    """Returns scale * q.k as float32 [B, N, >= S], where a key is visible; anything elsewhere."""
+def _scores(query, key, start, end, scale, wanted, table=None):
+    """Returns scale * q.k as float32 [B, N, >= S], where a key is visible; anything elsewhere. With a table, keys are in pages."""
     (b, n, h), (_, num_keys, k, _) = query.shape, key.shape
+    page = None
+    if table is not None:
+        page = num_keys
+        num_keys = table.shape[1] * page
     group = n // k
     options = interpret_options()
     interpret = compat.gpu_interpret(options)
@@ -343,8 +407,10 @@ def _scores(query, key, start, end, scale, wanted):
     tensor_cores &= num_keys % 8 == 0 or num_keys < _TILE
     tile = _TILE if tensor_cores else _ROW_TILE
     if num_keys < tile:
-        key = jnp.pad(key, ((0, 0), (0, tile - num_keys), (0, 0), (0, 0)))
+        if table is None:
+            key = jnp.pad(key, ((0, 0), (0, tile - num_keys), (0, 0), (0, 0)))
         num_keys = tile
+    arrivals, suffix = copies_of(tile, page), "" if page is None else f"_p{page}"
     padded = pl.cdiv(num_keys, _LANES) * _LANES
     # Sequences may differ in length: parts of at most `_SPLIT_KEYS` spread a long one over the device.
     wanted = wanted or max(pl.cdiv(_BLOCKS, b * k), num_keys // _SPLIT_KEYS)
@@ -353,34 +419,40 @@ def _scores(query, key, start, end, scale, wanted):
     grid = {"grid": (b, k, splits), "grid_names": ("batch", "kv_head", "split")}
     if not tensor_cores:
         return plgpu.kernel(
-            functools.partial(_score_rows_kernel, group=group, scale=scale, splits=splits),
+            functools.partial(
+                _score_rows_kernel, num_keys=num_keys, group=group, scale=scale, splits=splits
+            ),
             out_type=jax.ShapeDtypeStruct((b, n, padded), jnp.float32),
             scratch_types=[
                 plgpu.SMEM((stages, tile, h), key.dtype),
-                plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
             ],
-            kernel_name=f"topk_decode_scores_rows_h{h}_g{group}",
+            kernel_name=f"topk_decode_scores_rows_h{h}_g{group}" + suffix,
             interpret=interpret,
             **grid,
-        )(query, key, start, end)
+        )(query, key, table, start, end)
     heads = pl.cdiv(group, 8) * 8
     queries = jnp.pad(query.reshape(b, k, group, h), ((0, 0), (0, 0), (0, heads - group), (0, 0)))
     swizzled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
     return plgpu.kernel(
         functools.partial(
-            _score_tiles_kernel, scale=scale, splits=splits, interpreted=options is not None
+            _score_tiles_kernel,
+            num_keys=num_keys,
+            scale=scale,
+            splits=splits,
+            interpreted=options is not None,
         ),
         out_type=jax.ShapeDtypeStruct((b, k, group, padded), jnp.float32),
         scratch_types=[
             plgpu.SMEM((heads, h), key.dtype, transforms=swizzled),
             plgpu.SMEM((stages, tile, h), key.dtype, transforms=swizzled),
             plgpu.Barrier(num_arrivals=1),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         ],
-        kernel_name=f"topk_decode_scores_h{h}_g{group}",
+        kernel_name=f"topk_decode_scores_h{h}_g{group}" + suffix,
         interpret=interpret,
         **grid,
-    )(queries, key, start, end).reshape(b, n, padded)
+    )(queries, key, table, start, end).reshape(b, n, padded)
 
 
 def _attend(scores, places, counts, value, wanted):
@@ -415,4 +487,6 @@ def _attend(scores, places, counts, value, wanted):
         kernel_name=f"topk_decode_attend_v{v_size}",
         interpret=compat.gpu_interpret(options),
     )(widen(places), widen(scores), counts, value)
-    return online_softmax.merge_splits(acc[..., :v_size], m, total)
+    out, lse = online_softmax.merge_splits(acc[..., :v_size], m, total)
+    # Compiled on its own, and so with the same rounding, whatever is done with the results.
+    return lax.optimization_barrier((out.astype(value.dtype), lse))

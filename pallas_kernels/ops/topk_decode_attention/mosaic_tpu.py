@@ -15,8 +15,12 @@ The cache is read in the layout that XLA itself gives it at a program's edge, so
 where K and H fill tiles, else [K, S, H], or [K, H, S] where H would leave lanes empty. An S that is not a multiple of 128 can
 be cut into blocks in the first layout only, and XLA copies the others into it: keep the capacity a multiple of 128.
 
-Grid (B,), parallel. VMEM: heads x S x 4 bytes of order keys, two blocks each of keys and values. Compiled ahead of time for
-v5e, v5p, v6e and tpu7x, and interpreted; never executed on a TPU.
+A paged cache is read in the same way, each block page by page into the same buffers, so that all that follows is the same to
+the bit; pages past a sequence's length or before its window are not copied. Its pages are in such a layout themselves, [page,
+K, H] and so on; XLA tears pages of less than 128 tokens apart where H would leave lanes empty, and those are refused.
+
+Grid (B,), parallel. SMEM: a sequence's part of the page table. VMEM: heads x S x 4 bytes of order keys, two blocks each of
+keys and values. Compiled ahead of time for v5e, v5p, v6e and tpu7x, and interpreted; never executed on a TPU.
 """
 
 import dataclasses
@@ -30,21 +34,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, masks, online_softmax, selection
+from pallas_kernels.core import compat, masks, online_softmax, paging, selection, tpu_tiles
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
+from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, round_up
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 from pallas_kernels.ops.topk_select.mosaic_tpu import (
-    LANES,
     check_vmem,
     chunk_width,
-    round_up,
     select_rows,
 )
 
 _OP = "topk_decode_attention"
-_SUBLANES = 8
+_PIECE = LANES  # keys whose heads are taken apart at a time
 _BLOCK_BYTES = 1 << 20  # one block of keys; two are in flight
 
 
@@ -58,7 +61,8 @@ class _Refs:
     # inputs
     query: jax.Ref  # [1, R, H], VMEM
     budget: jax.Ref  # [1, Q, 1] i32, VMEM
-    key: jax.Ref  # [B, ...] in the cache's layout, HBM
+    page_table: jax.Ref | None = None  # [1, 1, pages] i32, SMEM
+    key: jax.Ref  # [B, ...] in the cache's layout, or [P, ...] in that of its pages, HBM
     value: jax.Ref
     # outputs
     out: jax.Ref  # [1, R, V], VMEM
@@ -71,8 +75,9 @@ class _Refs:
     pooled: jax.Ref | None = None  # [Q, blocks * block_kv] i32, VMEM: order keys of a shared scope
     key_blocks: jax.Ref  # [2, ...], VMEM
     value_blocks: jax.Ref
+    acc: jax.Ref  # [R, V] f32, VMEM, sum of the weighted values
     poison: jax.Ref  # [R, V] f32, VMEM: how many non-finite values each output would take in
-    pages: jax.Ref  # [blocks] i32, SMEM: blocks that hold a selected key
+    held: jax.Ref  # [blocks] i32, SMEM: blocks that hold a selected key
     key_arrived: jax.Ref  # [2] DMA semaphores
     value_arrived: jax.Ref
     ranked_left: jax.Ref | None = None  # DMA semaphore
@@ -86,6 +91,7 @@ class _Plan:
     num_kv_heads: int
     num_sets: int  # G: how many selections a sequence makes
     num_keys: int
+    page: int | None  # tokens of a page of a paged cache
     block_kv: int
     chunk: int  # keys that one step of a pass over the scores takes
     key_axis: int  # where S stands among the three axes of a sequence's keys
@@ -102,12 +108,12 @@ def _key_axis(s: int, k: int, h: int, dtype) -> int:
     """Returns where S stands in the cache's own layout: 0 in [S, K, H], 1 in [K, S, H], 2 in [K, H, S]."""
     if h % LANES:
         axis = 2
-    elif k in (2, 4) or k % _SUBLANES == 0 or (k == 1 and dtype.itemsize == 4):
+    elif k in (2, 4) or k % SUBLANES == 0 or (k == 1 and dtype.itemsize == 4):
         axis = 0
     else:
         axis = 1
     # The last block is S % block long, and copies of a tiled axis come in whole tiles.
-    return axis if s % (1, 2 * _SUBLANES, LANES)[axis] == 0 else 0
+    return axis if s % (1, 2 * SUBLANES, LANES)[axis] == 0 else 0
 
 
 def _at(axis: int, index) -> tuple:
@@ -118,32 +124,6 @@ def _at(axis: int, index) -> tuple:
 def _heads(block, axis: int):
     """Turns a block into its key/value heads: [K, keys, H], or [K, H, keys] where `axis` is 2."""
     return jnp.swapaxes(block, 0, 1) if axis == 0 else block
-
-
-def _dot(lhs, rhs, contract: tuple[int, int]):
-    precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _weigh(p, value, contract: tuple[int, int]):
-    """Returns p times `value` for float32 weights: bfloat16 values meet them in two parts, 16 bits of weight in all."""
-    if value.dtype == jnp.float32:
-        return _dot(p, value, contract)
-    coarse = p.astype(value.dtype)
-    fine = (p - coarse.astype(jnp.float32)).astype(value.dtype)
-    return _dot(coarse, value, contract) + _dot(fine, value, contract)
-
-
-def _tiled_size(shape: tuple[int, ...]) -> int:
-    """Returns the elements of a VMEM buffer with its last two axes filled up to whole tiles."""
-    *outer, sublanes, lanes = shape
-    return math.prod(outer) * round_up(sublanes, _SUBLANES) * round_up(lanes, LANES)
-
-
-def _rows_of(shape: tuple[int, ...], first: int, end: int):
-    row = lax.broadcasted_iota(jnp.int32, shape, 0)
-    return (row >= first) & (row < end)
 
 
 def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
@@ -166,9 +146,27 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         """Runs step(block, buffer slot, carry) over `count` blocks while the next one is on its way."""
         whole, tail = divmod(plan.num_keys, plan.block_kv)
 
-        def for_each_copy(
-            i, act
-        ):  # the last block of an uneven S is shorter, and a copy's size is static
+        def for_each_page(i, act, *, page: int, table):
+            block, slot = block_at(i), i % 2
+            size = math.gcd(page, plan.block_kv)  # a block may be shorter than a page
+
+            def copy(j, carry):
+                token = block * plan.block_kv + j * size
+
+                @pl.when((token < end) & (token + size > begin))
+                def _visible():
+                    in_page, in_block = token % page, j * size
+                    at = lambda start: _at(axis, pl.ds(pl.multiple_of(start, size), size))
+                    source = hbm.at[table[0, 0, token // page]].at[at(in_page)]
+                    target = buffers.at[slot].at[at(in_block)]
+                    act(pltpu.make_async_copy(source, target, arrived.at[slot]))
+
+                return carry
+
+            lax.fori_loop(0, plan.block_kv // size, copy, 0)
+
+        def for_each_piece(i, act):
+            # The last block of an uneven S is shorter, and a copy's size is static.
             block, slot = block_at(i), i % 2
 
             def copy(size):
@@ -182,6 +180,9 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
             if tail:
                 pl.when(block == whole)(lambda: copy(tail))
 
+        for_each_copy = for_each_piece
+        if plan.page is not None:
+            for_each_copy = functools.partial(for_each_page, page=plan.page, table=refs.page_table)
         start = functools.partial(for_each_copy, act=lambda copy: copy.start())
         wait = functools.partial(for_each_copy, act=lambda copy: copy.wait())
         pl.when(count > 0)(lambda: start(0))
@@ -193,31 +194,46 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
 
         return lax.fori_loop(0, count, body, init)
 
-    def chunk_of(ref, start):
-        return ref[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)]
+    def chunk_of(ref, start, size=plan.chunk):
+        return ref[:, pl.ds(pl.multiple_of(start, LANES), size)]
 
     def scan(step, init):
         """Runs step(start, carry) over the visited chunks of the score buffer."""
         body = lambda c, carry: step(c * plan.chunk, carry)
         return lax.fori_loop(first_block * chunks, (first_block + num_visited) * chunks, body, init)
 
+    def for_each_piece_of(step, carry):
+        """Runs step(offset, carry) over a block, in pieces whose heads can be taken apart in registers."""
+        body = lambda i, carry: step(pl.multiple_of(i * _PIECE, _PIECE), carry)
+        return lax.fori_loop(0, plan.block_kv // _PIECE, body, carry)
+
+    def heads_of(blocks, slot, offset, axis):
+        return _heads(blocks[(slot, *_at(axis, pl.ds(offset, _PIECE)))], axis)
+
+    def of_own_head(products):
+        """Takes each row from the product with its own key/value head."""
+        result = products[0]
+        for head, product in enumerate(products[1:], 1):
+            own = tpu_tiles.rows_between(result.shape, head * per_head, (head + 1) * per_head)
+            result = jnp.where(own, product, result)
+        return result
+
     def score_block(block, slot, carry):
-        for offset in range(0, plan.block_kv, plan.chunk):
-            keys = refs.key_blocks[slot]
-            keys = _heads(
-                keys[_at(plan.key_axis, slice(offset, offset + plan.chunk))], plan.key_axis
+        def score_piece(offset, carry):
+            keys = heads_of(refs.key_blocks, slot, offset, plan.key_axis)
+            contract = (1, 0 if plan.key_axis == 2 else 1)
+            heads = range(plan.num_kv_heads)
+            score = of_own_head(
+                [tpu_tiles.dot(refs.query[0], keys[head], contract) for head in heads]
             )
-            score = full((num_rows, plan.chunk), 0)
-            for head in range(plan.num_kv_heads):
-                product = _dot(refs.query[0], keys[head], (1, 0 if plan.key_axis == 2 else 1))
-                own = _rows_of(score.shape, head * per_head, (head + 1) * per_head)
-                score = jnp.where(own, product, score)
             start = pl.multiple_of(block * plan.block_kv + offset, LANES)
             index = start + lax.broadcasted_iota(jnp.int32, score.shape, 1)
             order = selection.order_key(plan.scale * score)
             visible = (index >= begin) & (index < end) & (order != selection.NAN)
-            refs.scores[:, pl.ds(start, plan.chunk)] = jnp.where(visible, order, selection.DEAD)
-        return carry
+            refs.scores[:, pl.ds(start, _PIECE)] = jnp.where(visible, order, selection.DEAD)
+            return carry
+
+        return for_each_piece_of(score_piece, carry)
 
     def expand(per_pool):
         """Gives each head the row of its set: [Q, n] -> [R, n]."""
@@ -226,7 +242,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         shape = num_rows, per_pool.shape[1]
         rows = jnp.zeros(shape, per_pool.dtype)
         for g in range(plan.num_sets):
-            own = _rows_of(shape, g * per_set, (g + 1) * per_set)
+            own = tpu_tiles.rows_between(shape, g * per_set, (g + 1) * per_set)
             rows = jnp.where(own, jnp.broadcast_to(per_pool[g : g + 1], shape), rows)
         return rows
 
@@ -259,7 +275,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
             score = selection.key_to_score(order) - lse
             pooled = jnp.full((pooled_ref.shape[0], plan.chunk), selection.DEAD, jnp.int32)
             for g in range(plan.num_sets):
-                own = _rows_of(order.shape, g * per_set, (g + 1) * per_set)
+                own = tpu_tiles.rows_between(order.shape, g * per_set, (g + 1) * per_set)
                 value = _pool_rows(score, own, per_set, plan.pooling)
                 dead = (
                     jnp.max(jnp.where(own & (order == selection.DEAD), 1, 0), axis=0, keepdims=True)
@@ -269,67 +285,77 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
                 value = selection.order_key(value)
                 value = jnp.where(dead | (value == selection.NAN), selection.DEAD, value)
                 pooled = jnp.where(
-                    _rows_of(pooled.shape, g, g + 1), jnp.broadcast_to(value, pooled.shape), pooled
+                    tpu_tiles.rows_between(pooled.shape, g, g + 1),
+                    jnp.broadcast_to(value, pooled.shape),
+                    pooled,
                 )
             pooled_ref[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)] = pooled
             return carry
 
         scan(pool_chunk, 0)
 
-    def kept_in(start):
-        """Returns a chunk's mask of selected keys, [R, chunk]."""
-        order = chunk_of(ranked, start)
+    def kept_in(start, size=plan.chunk):
+        """Returns the mask of selected keys among `size` of them, [R, size]."""
+        order = chunk_of(ranked, start, size)
         index = start + lax.broadcasted_iota(jnp.int32, order.shape, 1)
         kept = (order > threshold) | ((order == threshold) & (index <= tie_cut))
         kept = kept & (order != selection.DEAD)
         return kept if refs.pooled is None else expand(jnp.where(kept, 1, 0)) > 0
 
-    def list_page(i, carry):
+    def list_block(i, carry):
         count, best = carry
         block = first_block + i
-        held = jnp.zeros((num_rows, 1), jnp.int32)
+        hits = jnp.zeros((num_rows, 1), jnp.int32)
         for offset in range(0, plan.block_kv, plan.chunk):
             start = block * plan.block_kv + offset
             order = jnp.where(kept_in(start), chunk_of(refs.scores, start), selection.DEAD)
             best = maximum_of(order, best)
-            held = jnp.maximum(
-                held, jnp.max(jnp.where(order == selection.DEAD, 0, 1), axis=1, keepdims=True)
+            hits = jnp.maximum(
+                hits, jnp.max(jnp.where(order == selection.DEAD, 0, 1), axis=1, keepdims=True)
             )
-        refs.pages[count] = block
-        return count + jnp.max(held), best
+        refs.held[count] = block
+        return count + jnp.max(hits), best
 
-    def attend_block(block, slot, carry):
-        acc, total = carry
+    def attend_block(block, slot, total):
         contract = (1, 1 if plan.value_axis == 2 else 0)
-        for offset in range(0, plan.block_kv, plan.chunk):
+
+        def attend_piece(offset, total):
             start = block * plan.block_kv + offset
-            kept = kept_in(start)
-            score = selection.key_to_score(chunk_of(refs.scores, start))
+            kept = kept_in(start, _PIECE)
+            score = selection.key_to_score(chunk_of(refs.scores, start, _PIECE))
             p = jnp.where(kept, jnp.exp(score - m), 0.0)
-            total += jnp.sum(p, axis=1, keepdims=True)
-            values = refs.value_blocks[slot]
-            values = values[_at(plan.value_axis, slice(offset, offset + plan.chunk))]
-            values = _heads(values, plan.value_axis)
-            for head in range(plan.num_kv_heads):
-                own = _rows_of(acc.shape, head * per_head, (head + 1) * per_head)
-                # 0 * NaN is NaN: what no row of this head keeps may hold anything.
-                value = values[head].astype(jnp.float32)
-                finite = jnp.isfinite(value)
-                clean = jnp.where(finite, value, 0.0).astype(values.dtype)
-                acc = jnp.where(own, acc + _weigh(p, clean, contract), acc)
+            values = heads_of(refs.value_blocks, slot, offset, plan.value_axis)
+            heads = range(plan.num_kv_heads)
+            added = of_own_head([tpu_tiles.weigh(p, values[head], contract) for head in heads])
+            # 0 * NaN is NaN: what no row of a head keeps may hold anything. A finite sum proves that nothing did.
+            finite = jnp.isfinite(added)
+            refs.acc[...] += jnp.where(finite, added, 0.0)
 
-                @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
-                def _count_poison(finite=finite, own=own, kept=kept):
-                    hits = _dot(
-                        jnp.where(kept, 1.0, 0.0).astype(jnp.bfloat16),
-                        jnp.where(finite, 0.0, 1.0).astype(jnp.bfloat16),
-                        contract,
+            @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
+            def _add_the_finite():
+                values = heads_of(refs.value_blocks, slot, offset, plan.value_axis)
+                sums, hits = [], []
+                for head in heads:
+                    value = values[head].astype(jnp.float32)
+                    usable = jnp.isfinite(value)
+                    clean = jnp.where(usable, value, 0.0).astype(values.dtype)
+                    sums.append(tpu_tiles.weigh(p, clean, contract))
+                    hits.append(
+                        tpu_tiles.dot(
+                            jnp.where(kept, 1.0, 0.0).astype(jnp.bfloat16),
+                            jnp.where(usable, 0.0, 1.0).astype(jnp.bfloat16),
+                            contract,
+                        )
                     )
-                    refs.poison[...] += jnp.where(own, hits, 0.0)
+                refs.acc[...] += jnp.where(finite, 0.0, of_own_head(sums))
+                refs.poison[...] += of_own_head(hits)
 
-        return acc, total
+            return total + jnp.sum(p, axis=1, keepdims=True)
+
+        return for_each_piece_of(attend_piece, total)
 
     refs.poison[...] = jnp.zeros_like(refs.poison)
+    refs.acc[...] = jnp.zeros_like(refs.acc)
     stream(
         refs.key,
         refs.key_blocks,
@@ -356,21 +382,21 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         leaving = pltpu.make_async_copy(ranked, refs.ranked_out.at[b], refs.ranked_left)
         leaving.start()
 
-    num_pages, best = lax.fori_loop(0, num_visited, list_page, (jnp.int32(0), no_order))
+    num_held, best = lax.fori_loop(0, num_visited, list_block, (jnp.int32(0), no_order))
     m = finite_score(best)
-    acc, total = stream(
+    total = stream(
         refs.value,
         refs.value_blocks,
         refs.value_arrived,
         plan.value_axis,
-        num_pages,
-        lambda i: refs.pages[i],
+        num_held,
+        lambda i: refs.held[i],
         attend_block,
-        (jnp.zeros_like(refs.poison), full((num_rows, 1), 0)),
+        full((num_rows, 1), 0),
     )
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
-    out = jnp.where(refs.poison[...] > 0, jnp.nan, acc / safe)
+    out = jnp.where(refs.poison[...] > 0, jnp.nan, refs.acc[...] / safe)
     refs.out[0] = jnp.where(empty, 0.0, out).astype(refs.out.dtype)
     refs.lse[0] = jnp.where(empty, -jnp.inf, m + jnp.log(safe))
     if leaving is not None:
@@ -389,7 +415,7 @@ def _pool_rows(score, own, size: int, pooling: str):
     return online_softmax.log_sum_exp(safe, total)
 
 
-def _block_kv(b: int, n: int, s: int, k: int, h: int, dtype, block_sizes) -> int:
+def _block_kv(b: int, s: int, k: int, h: int, dtype, block_sizes) -> int:
     row_bytes = k * round_up(h, LANES) * dtype.itemsize
     usual = min(max(_BLOCK_BYTES // row_bytes, LANES), 2048)
     sizes = block_sizes_.resolve(
@@ -419,6 +445,9 @@ def topk_decode_attention(
     scope,
     pooling,
     window,
+    page_table,
+    quantized_key,
+    certified,
     scale,
     with_indices,
     block_sizes=None,
@@ -426,28 +455,35 @@ def topk_decode_attention(
     """Arguments as the public function, checked; returns (out, lse, TopKSelection).
 
     Raises:
-      NotImplementedError: float16 or float64 inputs, or score rows that do not fit VMEM.
+      NotImplementedError: float16 or float64 inputs, score rows that do not fit VMEM, or a pool whose pages are torn apart.
     """
+    if quantized_key is not None:
+        raise NotImplementedError(f"{_OP}: mosaic_tpu got a quantized_key, wanted None")
     b, n, h = query.shape
-    _, s, k, v = value.shape
+    _, capacity, k, v = value.shape
+    page, s = None, capacity
+    if page_table is not None:
+        page, s = capacity, page_table.shape[1] * capacity
+        _check_pages(key, value)
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
             f"{_OP}: mosaic_tpu got query of dtype {query.dtype.name}, wanted float32 or bfloat16"
         )
     num_sets = pooling_.num_sets(scope, n, k)
     per_set = n // num_sets
-    rows, sets = round_up(n, _SUBLANES), round_up(num_sets, _SUBLANES)
+    rows, sets = round_up(n, SUBLANES), round_up(num_sets, SUBLANES)
     shared = per_set > 1
-    block_kv = _block_kv(b, n, s, k, h, query.dtype, block_sizes)
+    block_kv = _block_kv(b, s, k, h, query.dtype, block_sizes)
     plan = _Plan(
         num_heads=n,
         num_kv_heads=k,
         num_sets=num_sets,
         num_keys=s,
+        page=page,
         block_kv=block_kv,
         chunk=chunk_width(rows, block_kv),
-        key_axis=_key_axis(s, k, h, key.dtype),
-        value_axis=_key_axis(s, k, v, value.dtype),
+        key_axis=_key_axis(capacity, k, h, key.dtype),
+        value_axis=_key_axis(capacity, k, v, value.dtype),
         scale=scale,
         pooling=pooling,
     )
@@ -459,6 +495,7 @@ def topk_decode_attention(
         "ends": jnp.clip(ends, 0, s),
         "query": jnp.pad(query, ((0, 0), (0, rows - n), (0, 0))),
         "budget": jnp.pad(budget, ((0, 0), (0, sets - num_sets), (0, 0))),
+        **({} if page is None else {"page_table": _window_of_pages(page_table, lengths, key)}),
         "key": jnp.moveaxis(key, 1, 1 + plan.key_axis),
         "value": jnp.moveaxis(value, 1, 1 + plan.value_axis),
     }
@@ -478,6 +515,23 @@ def topk_decode_attention(
     return out[:, :n], lse[:, :n, 0], selection.repeat_for_heads(selected, per_set)
 
 
+def _check_pages(key, value):
+    """Refuses a pool that XLA does not lay out page after page; an interpreter has no layouts, so that there any runs."""
+    page = key.shape[1]
+    for name, size in (("key", key.shape[3]), ("value", value.shape[3])):
+        if size % LANES and page % LANES and interpret_options() is None:
+            raise NotImplementedError(
+                f"{_OP}: mosaic_tpu got pages of {page} tokens with {name} of head size {size}, wanted pages of at least "
+                f"{LANES} or a head size that is a multiple of {LANES}"
+            )
+
+
+def _window_of_pages(page_table, lengths, key):
+    """Returns the table as [B, 1, pages], of which SMEM holds a sequence at a time."""
+    table = paging.safe_table(page_table, lengths, page=key.shape[1], num_pages=key.shape[0])
+    return table[:, None]
+
+
 def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, with_indices: bool):
     """Returns out [B, R, V], lse [B, R, 1], chosen [B, Q, 3], and the order keys [B, Q, S'] where wanted."""
     query, key, value = operands["query"], operands["key"], operands["value"]
@@ -494,8 +548,9 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
         **({"pooled": pltpu.VMEM((sets, width), jnp.int32)} if shared else {}),
         "key_blocks": pltpu.VMEM((2, *key_block), dtype),
         "value_blocks": pltpu.VMEM((2, *value_block), dtype),
+        "acc": pltpu.VMEM((rows, value_head), jnp.float32),
         "poison": pltpu.VMEM((rows, value_head), jnp.float32),
-        "pages": pltpu.SMEM((plan.num_blocks,), jnp.int32),
+        "held": pltpu.SMEM((plan.num_blocks,), jnp.int32),
         "key_arrived": pltpu.SemaphoreType.DMA((2,)),
         "value_arrived": pltpu.SemaphoreType.DMA((2,)),
         **({"ranked_left": pltpu.SemaphoreType.DMA} if with_indices else {}),
@@ -515,11 +570,13 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
     def spec(name, shape):
         if name in in_hbm:
             return pl.BlockSpec(memory_space=pl.ANY)
-        return pl.BlockSpec((1, *shape[1:]), lambda i, *_: (i, 0, 0))
+        space = pltpu.SMEM if name == "page_table" else None
+        return pl.BlockSpec((1, *shape[1:]), lambda i, *_: (i, 0, 0), memory_space=space)
 
-    inputs = {name: operands[name] for name in ("query", "budget", "key", "value")}
+    inputs = {name: x for name, x in operands.items() if name not in ("begins", "ends")}
+    paged = "" if plan.page is None else f"_page{plan.page}"
     # A block is in two buffers, and once more while its heads are taken apart.
-    block_bytes = 3 * itemsize * sum(map(_tiled_size, (key_block, value_block)))
+    block_bytes = 3 * itemsize * sum(map(tpu_tiles.tiled_size, (key_block, value_block)))
     needed = 4 * width * (rows + (sets if shared else 0)) + block_bytes
     return pl.pallas_call(
         functools.partial(
@@ -540,9 +597,9 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
         cost_estimate=pl.CostEstimate(
             # Both products, and two operations a score in each of some 40 passes; all of V is the upper bound.
             flops=b * plan.num_heads * plan.num_keys * (2 * (h + value_head) + 80),
-            bytes_accessed=key.size * itemsize + value.size * itemsize,
+            bytes_accessed=b * plan.num_keys * plan.num_kv_heads * (h + value_head) * itemsize,
             transcendentals=b * plan.num_heads * plan.num_keys,
         ),
         interpret=compat.tpu_interpret(interpret_options()),
-        name=f"topk_decode_{dtype.name}_g{plan.num_sets}_kv{plan.block_kv}_{plan.key_axis}{plan.value_axis}",
+        name=f"topk_decode_{dtype.name}_g{plan.num_sets}_kv{plan.block_kv}_{plan.key_axis}{plan.value_axis}{paged}",
     )(operands["begins"], operands["ends"], *inputs.values())

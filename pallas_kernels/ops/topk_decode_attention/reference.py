@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.core import masks, online_softmax, precision, selection
+from pallas_kernels.core import masks, online_softmax, paging, precision, quantization, selection
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select import reference as topk_select
@@ -19,12 +19,18 @@ def topk_decode_attention(
     scope,
     pooling,
     window,
+    page_table,
+    quantized_key,
+    certified,
     scale,
     with_indices,
     block_sizes=None,
 ):
     """Arguments as the public function, checked; returns (out, lse, TopKSelection)."""
     b, n, _ = query.shape
+    key, value, quantized_key = paging.contiguous_cache(
+        key, value, quantized_key, page_table, lengths
+    )
     _, s, k, _ = key.shape
     dtype = precision.accumulator(query.dtype)
     visible = masks.visible_to_decode(s, lengths, window, b)[:, None, :]
@@ -36,7 +42,10 @@ def topk_decode_attention(
     ).reshape(b, n, s)
     num_sets = pooling_.num_sets(scope, n, k)
     per_head = n // num_sets
-    ranked = pooling_.pool(scores, visible, num_sets, pooling)
+    ranking = scores
+    if quantized_key is not None and not certified:
+        ranking = quantization.scores(query, quantized_key, scale, dtype=dtype)
+    ranked = pooling_.pool(ranking, visible, num_sets, pooling)
     budget = selection.rows_of(topk, (b, n))[:, ::per_head]
     chosen = topk_select.select(ranked, visible, budget)
     kept = selection.selected(ranked, visible, *chosen[1:])

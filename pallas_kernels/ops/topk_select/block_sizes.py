@@ -9,10 +9,12 @@ class TopKSelectBlockSizes:
 
     block_rows: rows that one grid step holds.
     block_s: keys read at a time.
+    num_splits: parts that a long row is divided into, run side by side (GPU).
     """
 
     block_rows: int | None = None
     block_s: int | None = None
+    num_splits: int | None = None
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():

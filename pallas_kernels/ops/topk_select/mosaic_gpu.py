@@ -3,13 +3,14 @@
 1. A score becomes an int32 whose order is the score's order; hidden keys, NaN included, become the smallest integer.
 2. *Narrow.* A strided sample of the row gives a bound that a little more than `topk` scores should reach. One pass over the
    row packs the scores that reach it, with their places, into a list in shared memory, in order of place. It counts them, so
-   a sample that misled is noticed: fewer than `topk`, or more than the list holds. A row that fits the list whole needs no
-   sample.
+   a sample that misled is noticed: fewer than `topk`, or more than the list holds. Once it holds `topk`, it leaves out what
+   only equals the bound: with all that is above the bound, the equals that come first are enough, and so a plateau (scores
+   that are a ReLU's 0) does not fill it. A row that fits the list whole needs no sample.
 3. *Search.* The threshold lies in [low, high): at least `topk` scores reach `low`, fewer reach `high`. A pass over the list
    counts the scores that reach each of three bounds between them. The last key kept among equals is found by halving.
 4. The selected places are packed from the list into the row of indices.
-5. A row whose sample misled, whose budget is beyond the list, or with a plateau of equal scores at the threshold, is searched
-   in global memory: a pass tests the sample's bound itself, which settles a plateau, then each pass counts seven bounds.
+5. A row whose sample misled, or whose budget is beyond the list, is searched in global memory: a pass tests the sample's bound
+   itself, which settles a plateau, then each pass counts seven bounds.
 
 So a row is read once and a bit. Nothing is sorted; sums are of integers, and lists are packed in order: the result has one
 value, whatever the sample.
@@ -29,6 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
@@ -41,7 +43,7 @@ _MAX_CAPACITY = 12_288  # keys of the list: 96 of the 227 KiB of shared memory
 _SMALL_ROW = 2048  # keys of a row that the list always holds whole
 _DEFAULT_BUDGET = 4096  # what the list is sized for where the budget is an array
 _SAMPLE = 8192
-_BITS = 2  # of the threshold that a pass over the list settles
+_BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
 _STREAMED_BITS = 3  # and a pass over the row
 _STREAMED_VECTORS = 4  # register vectors that a lane reads at a time there
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
@@ -70,10 +72,27 @@ class _Plan:
 
 
 def _plan(
-    rows: int, num_keys: int, topk: int | None, block_s: int | None, interpreted: bool
+    rows: int,
+    num_keys: int,
+    topk: int | None,
+    sizes: TopKSelectBlockSizes | None,
+    interpreted: bool,
 ) -> _Plan:
+    explicit = sizes is not None
+    sizes = block_sizes_.resolve(
+        "topk_select",
+        "mosaic_gpu",
+        sizes,
+        cls=TopKSelectBlockSizes,
+        dtype="float32",  # what is read is widened at once
+        bucket={"rows": rows, "s": num_keys, "topk": _DEFAULT_BUDGET if topk is None else topk},
+        heuristic=TopKSelectBlockSizes,
+    )
     # A lane reads `align` neighbours at once, which global memory allows at multiples of `align` only.
     align = next(n for n in (4, 2, 1) if num_keys % n == 0 and num_keys >= n * _LANES)
+    block_s = sizes.block_s
+    if block_s is not None and not explicit:  # measured at another size of the same bucket
+        block_s = min(block_s, align * _LANES * gpu_lanes.MAX_VECTORS)
     step = align * _LANES * _VECTORS if block_s is None else block_s
     if step % (align * _LANES) or step & (step - 1) or step > align * _LANES * 8:
         raise NotImplementedError(
@@ -87,6 +106,8 @@ def _plan(
     expected = budget * sample / num_keys
     wanted = 1.125 * (expected + 4 * math.sqrt(expected) + 4) + 1
     capacity = (wanted + 4 * math.sqrt(wanted)) * num_keys / sample
+    # A plateau fills the budget and the tile that does so; a few are above it.
+    capacity = max(capacity, 1.25 * budget + step)
     capacity = max(min(capacity, _MAX_CAPACITY, num_keys), min(num_keys, _SMALL_ROW))
     if topk is None and num_keys <= _MAX_CAPACITY:
         capacity = num_keys  # the budget may be anything
@@ -94,6 +115,10 @@ def _plan(
     splits = 1
     if num_keys > 2 * _SPLIT_KEYS and num_keys > capacity:
         splits = max(1, min(pl.cdiv(_BLOCKS, rows), num_keys // _SPLIT_KEYS))
+    if sizes.num_splits is not None and num_keys > capacity:
+        splits = block_sizes_.even_splits(pl.cdiv(num_keys, step), sizes.num_splits)
+    if splits > 1:  # few rows: there is room for a list that no sample is likely to miss
+        capacity = pl.cdiv(min(_MAX_CAPACITY, num_keys), _CHUNK) * _CHUNK
     return _Plan(
         step=step,
         align=align,
@@ -150,6 +175,23 @@ def _half(low, high):
     return low + lax.shift_right_logical(high - low, 1)
 
 
+def _shrink(low, high, reached, wanted, count):
+    """Narrows [low, high), where at least `wanted` keys reach `low` (so many: `reached`) and fewer reach `high`, by one pass.
+
+    `count(tests)` returns how many keys pass each test.
+    """
+    part = lax.shift_right_logical(high - low - 1, _BITS) + 1
+    bounds = [low + i * part for i in range(1, 2**_BITS)]
+    counts = count([lambda key, b=b: key >= b for b in bounds])
+    for bound, counted in zip(bounds, counts, strict=True):
+        enough = counted >= wanted
+        # Bounds ascend; those past `high` are reached by fewer still, and stay without effect.
+        lower = ~enough & (bound < high)
+        low, reached = jnp.where(enough, bound, low), jnp.where(enough, counted, reached)
+        high = jnp.where(lower, bound, high)
+    return low, high, reached
+
+
 def _full(value, shape, layout):
     return plgpu.layout_cast(lax.broadcast(jnp.int32(value), shape), layout)
 
@@ -178,32 +220,38 @@ def _lower_bound(row: _Row, budget, lanes_ref, plan: _Plan):
         wanted = (expected + 4.0 * lax.sqrt(expected) + 4.0).astype(jnp.int32)
         slack = lax.shift_right_logical(wanted, 3)
 
-        def total(vector, kind="add"):
+        def totals(*vectors, kind="add"):
             return gpu_lanes.reduce(
-                [vector], lanes_ref, layout=layout, kind=kind, interpreted=plan.interpreted
-            )[0]
-
-        def halve(carry):
-            low, high, reached = carry
-            middle = _half(low, high)
-            count = total((keys >= middle).astype(jnp.int32))
-            enough = count >= wanted
-            return (
-                jnp.where(enough, middle, low),
-                jnp.where(enough, high, middle),
-                jnp.where(enough, count, reached),
+                vectors, lanes_ref, layout=layout, kind=kind, interpreted=plan.interpreted
             )
 
+        def count(tests):
+            return totals(*[test(keys).astype(jnp.int32) for test in tests])
+
+        [largest] = totals(keys, kind="max")
         low, _, reached = lax.while_loop(
             lambda carry: (carry[1] - carry[0] != 1) & (carry[2] - wanted > slack),
-            halve,
-            (jnp.int32(_LOWEST), total(keys, "max") + 1, jnp.int32(plan.sample)),
+            lambda carry: _shrink(*carry, wanted, count),
+            (jnp.int32(_LOWEST), jnp.maximum(largest, _LOWEST) + 1, jnp.int32(plan.sample)),
         )
         reached = reached.astype(jnp.float32)
         most = reached + 3.0 * lax.sqrt(reached)
         # Where the list holds the whole row, a bound is worth its sample only if it leaves half of the row out.
         whole = (visible <= plan.capacity) & (2.0 * most > plan.sample)
-        return jnp.where(whole, _LOWEST, low), whole | (most <= plan.capacity * share)
+        room = plan.capacity * share
+
+        def fits_without_equals():
+            # With a plateau at the bound the list takes what fills the budget and the tile that does so, then what is above
+            # the bound: see `_pack_candidates`.
+            [above] = count([lambda key: key > low])
+            above = above.astype(jnp.float32)
+            most_above = above + 3.0 * lax.sqrt(above) + 4.0
+            filling = budget.astype(jnp.float32) * share
+            tile = plan.step * share * jnp.minimum(2.0 * most / plan.sample, 1.0)
+            return filling + tile + most_above * (1.0 - jnp.minimum(filling / most, 1.0)) <= room
+
+        fits = lax.cond(most <= room, lambda: jnp.bool_(True), fits_without_equals)
+        return jnp.where(whole, _LOWEST, low), whole | fits
 
     return lax.cond(
         visible <= min(plan.capacity, _SMALL_ROW),
@@ -212,16 +260,27 @@ def _lower_bound(row: _Row, budget, lanes_ref, plan: _Plan):
     )
 
 
-def _pack_candidates(row: _Row, first, last, bound, lists, lanes_ref, plan: _Plan):
-    """Packs the places and bits of the scores that reach `bound`, of the tiles [first, last); returns how many there are."""
+def _least_listed(bound, budget, found, like, layout):
+    """Returns the score that a key has to reach to be listed after `found` others, as a vector of the shape of `like`.
+
+    That is the bound's, and where `budget` are listed the next one above it.
+    """
     # Zero's key stands for the subnormals too; comparing to the number below them keeps all of them, and more is no harm.
-    bound = jnp.where(bound == 0, -selection.SMALLEST_NORMAL_KEY, bound)
-    bound_score = selection.key_to_score(_full(bound, (row.step,), row.layout))
+    first = jnp.where(bound == 0, -selection.SMALLEST_NORMAL_KEY, bound)
+    above = jnp.where(bound == 0, selection.SMALLEST_NORMAL_KEY, bound + 1)
+    return selection.key_to_score(_full(jnp.where(found >= budget, above, first), like, layout))
+
+
+def _pack_candidates(row: _Row, first, last, bound, budget, lists, lanes_ref, plan: _Plan):
+    """Packs the places and bits of the scores that reach `bound`, of the tiles [first, last); returns how many there are.
+
+    Scores that equal the bound are left out of a tile that begins with `budget` listed.
+    """
 
     def pack(tile, scores, found):
         place, seen = row.places(tile)
         return gpu_lanes.append(
-            seen & (scores >= bound_score),
+            seen & (scores >= _least_listed(bound, budget, found, (row.step,), row.layout)),
             [place, lax.bitcast_convert_type(scores, jnp.int32)],
             lists,
             found,
@@ -251,13 +310,14 @@ def _narrow_kernel(
 ):
     index, split = lax.axis_index("row"), lax.axis_index("split")
     row = _Row(scores_ref, index, start_ref[index], end_ref[index], plan.step, plan.align)
-    bound, hopeful = _lower_bound(row, budget_ref[index], lanes_ref, plan)
+    budget = budget_ref[index]
+    bound, hopeful = _lower_bound(row, budget, lanes_ref, plan)
     share = pl.cdiv(pl.cdiv(row.num_keys, plan.step), plan.splits)
     first = jnp.maximum(row.first, split * share)
     last = jnp.maximum(jnp.minimum(row.last, (split + 1) * share), first)
     last = jnp.where(hopeful, last, first)
     lists = [places_ref.at[index, split], bits_ref.at[index, split]]
-    found = _pack_candidates(row, first, last, bound, lists, lanes_ref, plan)
+    found = _pack_candidates(row, first, last, bound, budget, lists, lanes_ref, plan)
     bound_ref[index, split] = bound
     found_ref[index, split] = jnp.where(hopeful, found, plan.capacity + 1)
 
@@ -289,13 +349,15 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
     if narrowed is None:
         low, hopeful = _lower_bound(row, budget, lanes_ref, plan)
         last = jnp.where(hopeful, row.last, row.first)
-        found = _pack_candidates(row, row.first, last, low, [places_ref, keys_ref], lanes_ref, plan)
+        lists = [places_ref, keys_ref]
+        found = _pack_candidates(row, row.first, last, low, budget, lists, lanes_ref, plan)
         found = jnp.where(hopeful, found, plan.capacity + 1)
     else:
         narrowed_bound_ref, found_ref, narrowed_places_ref, narrowed_bits_ref = narrowed
         low = narrowed_bound_ref[index, 0]
 
         copy_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=1)
+        copy_lane = plgpu.broadcasted_iota(jnp.int32, (_CHUNK,), 0, layout=copy_layout)
 
         def part_of(split, chunk):
             part = pl.ds(chunk * _CHUNK, _CHUNK)
@@ -329,7 +391,30 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
                 found = jnp.minimum(found + count, 2 * plan.capacity + 2)
             return found
 
+        def pack_split(split, found):
+            """The same for one split, without what equals the bound once the budget is listed."""
+            count = found_ref[index, split]
+
+            def pack(chunk, found):
+                place, bits = part_of(split, chunk)
+                least = _least_listed(low, budget, found, (_CHUNK,), copy_layout)
+                score = lax.bitcast_convert_type(bits, jnp.float32)
+                hit = (chunk * _CHUNK + copy_lane < count) & (score >= least)
+                lists = [places_ref, keys_ref]
+                return append(hit, [place, bits], lists, found, lanes_ref, layout=copy_layout)
+
+            complete = count <= plan.capacity
+            chunks = jnp.where(complete, lax.div(count + (_CHUNK - 1), _CHUNK), 0)
+            found = lax.fori_loop(0, chunks, pack, found)
+            return jnp.where(complete, found, 2 * plan.capacity + 2)
+
         found = lax.fori_loop(0, pl.cdiv(plan.splits, _SPLITS_AT_ONCE), take_splits, jnp.int32(0))
+        # With a plateau at the bound every split's list fills the budget, and they do not fit together.
+        found = lax.cond(
+            found > plan.capacity,
+            lambda: lax.fori_loop(0, plan.splits, pack_split, jnp.int32(0)),
+            lambda: found,
+        )
 
     # Candidates of a bound that every number reaches are all the numbers there are.
     narrow = (found <= plan.capacity) & ((found >= budget) | (low == _LOWEST))
@@ -395,22 +480,12 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
             sums = lax.fori_loop(0, chunks, add, zeros)
             return reduce(sums, lanes_ref, layout=chunk_layout, kind="add")
 
-        def shrink(carry):
-            low, high, reached = carry  # scores that reach `low`: at least `kept`
-            part = lax.shift_right_logical(high - low - 1, _BITS) + 1
-            bounds = [low + i * part for i in range(1, 2**_BITS)]
-            counts = count(*[lambda key, _, b=b: key >= b for b in bounds])
-            for bound, counted in zip(bounds, counts, strict=True):
-                enough = counted >= kept
-                # Bounds ascend; those past `high` are reached by fewer still, and stay without effect.
-                lower = ~enough & (bound < high)
-                low, reached = jnp.where(enough, bound, low), jnp.where(enough, counted, reached)
-                high = jnp.where(lower, bound, high)
-            return low, high, reached
+        def count_keys(tests):
+            return count(*[lambda key, _, test=test: test(key) for test in tests])
 
         low_key, _, reached = lax.while_loop(
             lambda carry: (carry[1] - carry[0] != 1) & (carry[2] != kept),
-            shrink,
+            lambda carry: _shrink(*carry, kept, count_keys),
             (jnp.maximum(low, _LOWEST), largest + 1, found),
         )
         low_key = jnp.where(kept > 0, low_key, largest + 1)
@@ -599,7 +674,7 @@ def select(
     *,
     topk: int | None = None,
     listed: tuple[str, ...] = (),
-    block_s: int | None = None,
+    block_sizes: TopKSelectBlockSizes | None = None,
 ):
     """Returns (count, threshold, tie_cut, *lists) of each row, as `reference.select` with visible = start <= index < end.
 
@@ -615,7 +690,7 @@ def select(
         scores = jnp.pad(scores, ((0, 0), (0, _LANES - num_keys)))
         num_keys = _LANES
     options = interpret_options()
-    plan = _plan(rows, num_keys, topk, block_s, options is not None)
+    plan = _plan(rows, num_keys, topk, block_sizes, options is not None)
     interpret = compat.gpu_interpret(options)
     lanes = plgpu.SMEM((gpu_lanes.SCRATCH,), jnp.int32)
     arguments = [scores, budget, start, end]
@@ -685,7 +760,7 @@ def topk_select(
             budget.reshape(-1),
             topk=topk if isinstance(topk, int) else None,
             listed=listed,
-            block_s=None if block_sizes is None else block_sizes.block_s,
+            block_sizes=block_sizes,
         )
     count, threshold, cut = (x.reshape(rows) for x in results[:3])
     indices = results[3].reshape(*rows, -1) if with_indices else None

@@ -22,20 +22,15 @@ from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
+from pallas_kernels.core.tpu_tiles import LANES, round_up
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
 
 _OP = "topk_select"
-LANES = 128
 _CHUNK_ELEMENTS = 16 * 8 * LANES  # what one step of a pass holds: 16 of the 64 vector registers
 _MAX_ROW_GROUPS = 1 << 17  # one int32 each in SMEM, which holds 1 MiB
 _VMEM_MARGIN = (
     8 << 20
 )  # for what the compiler adds: pipeline bookkeeping, spills, lane padding of narrow columns
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Returns the smallest multiple of `multiple` that is at least `value`."""
-    return -(-value // multiple) * multiple
 
 
 def chunk_width(rows: int, block: int) -> int:
