@@ -41,7 +41,9 @@ _LANES = 128
 _SPLIT_KEYS = 4096  # scored by one block
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
 _RESCORE_BLOCKS = 2112  # and of the rescoring kernel, which mostly waits for memory: sixteen
-_SPARE = 0.5  # keys that are rescored beyond the budget, as a share of it
+# Keys that are rescored beyond the budget, as a share of it, up to whole tiles. All heads of SmolLM2-135M, after two prompts of
+# 2,040 tokens of plays, were settled by fewer: by 0.33, 0.40, 0.58 and 0.80 of budgets of 512, 256, 128 and 64.
+_SPARE = 0.5
 _PART_BITS = 7  # of the lower one of the two numbers that make an element of a query
 _QUERY_BITS = 2 * _PART_BITS
 _SAFE_EXPONENT = 60  # of a query's largest element, either sign; beyond, nothing is certified
