@@ -60,12 +60,13 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def caption(rows: Sequence[Row]) -> str:
     """Says what the numbers are: the device and its read rate, models and caches, versions, commit, date."""
     row = rows[-1]
+    commits = dict.fromkeys(row["commit"] for row in rows)
     caches = {(row["model"], row["cache"]) for row in rows}
     made = "; ".join(f"{model}: cache {cache}" for model, cache in sorted(caches))
     return (
         f"{row['device']}, {row['bytes_per_s'] / 1e12:.3g} TB/s read in the same run; {row['dtype']}; {made}; indexer weights "
         f"random; medians of {row['n']} rounds of {row['new_tokens']} steps; jax {row['versions']['jax']}, commit "
-        f"{row['commit']}, {row['date']}."
+        f"{', '.join(commits)}, {row['date']}."
     )
 
 

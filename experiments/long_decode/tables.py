@@ -30,7 +30,7 @@ def tables() -> str:
 
 
 def summary() -> str:
-    """The table of the run that the figure shows."""
+    """The table of the runs that the figure shows."""
     rows = shown()
     if not rows:
         return _NONE_YET
@@ -38,7 +38,7 @@ def summary() -> str:
 
 
 def figure() -> str:
-    """Draws the latest run.
+    """Draws each model's latest run.
 
     Raises:
       ValueError: it has no model at two contexts.
@@ -66,10 +66,11 @@ def rows_digest() -> str | None:
 
 
 def shown() -> list[results.Row]:
-    """Returns the rows of the latest run, of an accelerator where there is one."""
+    """Returns the rows of each model's latest run, of accelerators where there are any."""
     rows = [row for row in committed() if row["platform"] != "cpu"] or list(committed())
     if not rows:
         return []
-    latest = sorted(rows, key=lambda row: row["date"])[-1]  # of one day, the last one filed
-    same = ("device", "commit")
-    return [row for row in rows if all(row[name] == latest[name] for name in same)]
+    run_of = lambda row: (row["device"], row["commit"])
+    by_date = sorted(rows, key=lambda row: row["date"])  # of one day, as they are filed
+    latest = {row["model"]: run_of(row) for row in by_date}
+    return [row for row in rows if latest[row["model"]] == run_of(row)]

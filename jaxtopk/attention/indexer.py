@@ -14,7 +14,7 @@ from jaxtopk.attention.sparse import SparseAttention
 from pallas_kernels import Implementation
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class IndexerAttention(SparseAttention):
     """Softmax over the `topk` keys with the largest indexer scores, renormalised; all heads of a layer share them.
 

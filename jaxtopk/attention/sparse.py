@@ -46,6 +46,12 @@ class SparseAttention(AttentionStrategy):
         """Prompt tokens decoded after a full prefill; a sparse prefill needs none."""
         return self.sparse_suffix if self.prefill == "full" else 0
 
+    def __repr__(self):
+        """What makes a strategy itself first; for subclasses with `repr=False`."""
+        shared = {field.name for field in dataclasses.fields(SparseAttention)}
+        fields = sorted(dataclasses.fields(self), key=lambda field: field.name in shared)
+        return f"{self._name}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in fields)})"
+
     @property
     def _name(self) -> str:
         return type(self).__name__

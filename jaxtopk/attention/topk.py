@@ -12,7 +12,7 @@ from pallas_kernels import Implementation, budget_from_ratio
 from pallas_kernels.core.selection import row_budget
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class TopKAttention(SparseAttention):
     """Softmax over the `topk` best keys of each row, renormalised.
 
