@@ -106,7 +106,12 @@ def test_select_lists_indices_of_sampled_rows_and_of_those_that_a_sample_mislead
     assert_same_selection(got, wanted)
 
 
-@pytest.mark.parametrize("sizes", [SAMPLED, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "sizes",
+    # Of the splits, each list fits, and all of them together do not.
+    [SAMPLED, SPLIT | {"_MAX_CAPACITY": 1024}],
+    ids=["whole", "split"],
+)
 def test_a_plateau_at_the_threshold_needs_no_search_of_the_whole_row(sizes, monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(select_gpu, name, value)

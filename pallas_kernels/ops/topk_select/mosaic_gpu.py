@@ -260,15 +260,15 @@ def _lower_bound(row: _Row, budget, lanes_ref, plan: _Plan):
     )
 
 
-def _least_listed(bound, budget, found, like, layout):
-    """Returns the score that a key has to reach to be listed after `found` others, as a vector of the shape of `like`.
+def _least_listed(bound, budget, found, shape, layout):
+    """Returns the score that a key has to reach to be listed after `found` others, as a vector of this shape.
 
     That is the bound's, and where `budget` are listed the next one above it.
     """
     # Zero's key stands for the subnormals too; comparing to the number below them keeps all of them, and more is no harm.
     first = jnp.where(bound == 0, -selection.SMALLEST_NORMAL_KEY, bound)
     above = jnp.where(bound == 0, selection.SMALLEST_NORMAL_KEY, bound + 1)
-    return selection.key_to_score(_full(jnp.where(found >= budget, above, first), like, layout))
+    return selection.key_to_score(_full(jnp.where(found >= budget, above, first), shape, layout))
 
 
 def _pack_candidates(row: _Row, first, last, bound, budget, lists, lanes_ref, plan: _Plan):
