@@ -61,10 +61,11 @@ def caption(rows: Sequence[Row]) -> str:
     """Says what the numbers are: the device and its read rate, models and caches, versions, commit, date."""
     row = rows[-1]
     commits = dict.fromkeys(row["commit"] for row in rows)
+    rates = dict.fromkeys(f"{row['bytes_per_s'] / 1e12:.3g}" for row in rows)
     caches = {(row["model"], row["cache"]) for row in rows}
     made = "; ".join(f"{model}: cache {cache}" for model, cache in sorted(caches))
     return (
-        f"{row['device']}, {row['bytes_per_s'] / 1e12:.3g} TB/s read in the same run; {row['dtype']}; {made}; indexer weights "
+        f"{row['device']}, {', '.join(rates)} TB/s read in the same run; {row['dtype']}; {made}; indexer weights "
         f"random; medians of {row['n']} rounds of {row['new_tokens']} steps; jax {row['versions']['jax']}, commit "
         f"{', '.join(commits)}, {row['date']}."
     )
