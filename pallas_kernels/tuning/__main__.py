@@ -6,7 +6,8 @@
   python -m pallas_kernels.tuning --out tables                not into the package
 
 A table is written after each workload. What was measured with the same versions of JAX and of the device's software is left
-alone, so a run that was stopped goes on where it was.
+alone, so a run that was stopped goes on where it was. A workload whose time is over is filed with the best sizes until then,
+marked as not complete, and searched again by the next run.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pallas_kernels.core import block_sizes, dispatch, platform
 from pallas_kernels.tuning import search, tables, workloads
 
 _PACKAGE = pathlib.Path(block_sizes.__file__).parents[1]
+_QUIET_S = 10.0  # between two lines of a workload in a log
 _OWN = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 
@@ -49,7 +51,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--budget-seconds",
         type=float,
         default=float("inf"),
-        help="begin no workload after so many seconds",
+        help="try no candidate after so many seconds",
     )
     parser.add_argument("--again", action="store_true", help="measure what is in the tables too")
     parser.add_argument("--list", action="store_true", help="only list the workloads")
@@ -74,7 +76,8 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _tune(chosen: Sequence[workloads.Workload], arguments: argparse.Namespace) -> int:
-    begin = time.monotonic()
+    end = time.monotonic() + arguments.budget_seconds
+    over = lambda: time.monotonic() > end
     slug = platform.device_slug()
     names = arguments.implementations or [_OWN.get(platform.target_platform(), "xla")]
     todo = [(workload, name) for workload in chosen for name in names if workload.choices(name)]
@@ -89,7 +92,7 @@ def _tune(chosen: Sequence[workloads.Workload], arguments: argparse.Namespace) -
     print(f"{len(todo)} workloads on {platform.device_kind()}, tables in {arguments.out / slug}")
     for number, (workload, name) in enumerate(todo, start=1):
         line = f"[{number}/{len(todo)}] {name}, {workload.name}"
-        if time.monotonic() - begin > arguments.budget_seconds:
+        if over():
             print(f"{line}: left out, and those after it: {arguments.budget_seconds:g} s are over")
             break
         show = _Progress(line)
@@ -103,7 +106,7 @@ def _tune(chosen: Sequence[workloads.Workload], arguments: argparse.Namespace) -
             if table.measured(key, workload.name) and not arguments.again:
                 show.end("in the table")
                 continue
-            found = search.search(workload, name, key, on_candidate=show.candidate)
+            found = search.search(workload, name, key, on_candidate=show.candidate, stop=over)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             show.end(f"failed: {str(error).strip().splitlines()[0]}")
             failed += 1
@@ -119,6 +122,7 @@ def _tune(chosen: Sequence[workloads.Workload], arguments: argparse.Namespace) -
                 "p90_us": us(found.best.p90),
                 "heuristic_us": us(found.heuristic.median),
                 "candidates": found.tried,
+                "complete": found.complete,
                 "commit": commit,
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             },
@@ -128,6 +132,7 @@ def _tune(chosen: Sequence[workloads.Workload], arguments: argparse.Namespace) -
         show.end(
             f"{sizes}, {us(found.best.median):g} us, {gain:.2f} x the heuristic, "
             f"{found.tried} tried, {found.refused} refused, {len(found.wrong)} wrong"
+            + ("" if found.complete else ", not complete")
         )
         for reason in found.wrong:
             print(f"    left out: {reason}")
@@ -135,7 +140,7 @@ def _tune(chosen: Sequence[workloads.Workload], arguments: argparse.Namespace) -
 
 
 class _Progress:
-    """One line a workload, rewritten with every candidate where there is a terminal.
+    """One line a workload, rewritten with every candidate where there is a terminal, else followed by a line now and then.
 
     Args:
       line: how it begins.
@@ -143,6 +148,7 @@ class _Progress:
 
     def __init__(self, line: str):
         self._line, self._begin, self._live = line, time.monotonic(), sys.stderr.isatty()
+        self._shown = self._begin
         self._show("compiling")
 
     def candidate(self, sizes: search.Sizes, ms: float, best_ms: float) -> None:
@@ -159,6 +165,9 @@ class _Progress:
     def _show(self, text: str) -> None:
         if self._live:
             print(f"\r\x1b[K{self._line}: {text}"[:200], end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._shown > _QUIET_S:
+            self._shown = time.monotonic()
+            print(f"{self._line}: {text}", file=sys.stderr, flush=True)
 
 
 def _commit() -> str | None:

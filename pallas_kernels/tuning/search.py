@@ -46,6 +46,7 @@ class Found:
     sizes: the best ones; empty where the heuristic's are.
     best, heuristic: their times.
     tried, refused, wrong: candidates timed, not taken by the implementation at this size, and left out for their results.
+    complete: False where the search was stopped, so that there may be better sizes.
     """
 
     key: Key
@@ -55,6 +56,7 @@ class Found:
     tried: int
     refused: int
     wrong: tuple[str, ...]
+    complete: bool
 
 
 def key_of(workload: Workload, implementation: str) -> Key | None:
@@ -78,6 +80,7 @@ def search(
     rounds: int = 5,
     round_ms: float = 4.0,
     on_candidate: Callable[[Sizes, float, float], None] = lambda *_: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Found:
     """Searches the block sizes of one workload.
 
@@ -85,6 +88,7 @@ def search(
       key: of `key_of`.
       rounds, round_ms: of `timer.device_time`, for each candidate.
       on_candidate: told the sizes, their time and the best one before [ms]; NaN where there is none.
+      stop: asked before each candidate after the heuristic; True ends the search with the best until then.
 
     Raises:
       ValueError: the implementation has no choice for this op.
@@ -100,11 +104,16 @@ def search(
     if heuristic is None:
         reason = trials.wrong[0] if trials.wrong else "a refusal"
         raise RuntimeError(f"{workload.name}: got {reason}, wanted the heuristic's sizes to work")
+    on_candidate({}, heuristic.median, float("nan"))
     best = heuristic
     sizes: Sizes = {}
+    complete = True
     for name, values in choices.items():
         fixed, least, slower = sizes, float("inf"), 0
         for value in values:
+            complete = complete and not stop()
+            if not complete:
+                break
             candidate = fixed | {name: value}
             timing = trials.time(candidate)
             on_candidate(candidate, _ms(timing), best.median)
@@ -128,6 +137,7 @@ def search(
         tried=trials.timed,
         refused=trials.refused,
         wrong=tuple(trials.wrong),
+        complete=complete,
     )
 
 

@@ -35,9 +35,10 @@ class Table:
         self._entries: dict[Key, Entry] = block_sizes.read_table(self.path)
 
     def measured(self, key: Key, workload: str) -> bool:
-        """Whether the entry of `key` was measured on this workload with the versions of now."""
+        """Whether the entry of `key` was measured to the end, on this workload, with the versions of now."""
         entry = self._entries.get(key, {})
-        return (entry.get("workload"), entry.get("versions")) == (workload, versions())
+        known = entry.get("workload"), entry.get("versions"), entry.get("complete")
+        return known == (workload, versions(), True)
 
     def put(self, key: Key, found: Mapping[str, Any]) -> None:
         """Sets an entry and writes the file."""

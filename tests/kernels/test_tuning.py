@@ -259,7 +259,7 @@ def test_a_run_fills_the_table_and_the_next_one_leaves_it(clock, tuned, capsys):
 def test_a_table_is_whole_whenever_a_run_is_stopped(tuned, monkeypatch):
     table = tables.Table(tuned, "knn_indices")
     key = search.key_of(KNN, "xla")
-    table.put(key, {"block_sizes": {"block_q": 2}, "workload": "a"})
+    table.put(key, {"block_sizes": {"block_q": 2}, "workload": "a", "complete": True})
     before = table.path.read_text()
 
     def stopped(*_):
@@ -268,7 +268,7 @@ def test_a_table_is_whole_whenever_a_run_is_stopped(tuned, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tables.pathlib.Path, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
-            table.put(key, {"block_sizes": {"block_q": 4}, "workload": "a"})
+            table.put(key, {"block_sizes": {"block_q": 4}, "workload": "a", "complete": True})
     assert table.path.read_text() == before
     assert [path.name for path in tuned.iterdir()] == ["knn_indices.json"]
     again = tables.Table(tuned, "knn_indices")
@@ -285,6 +285,42 @@ def test_time_out_leaves_workloads_out(clock, tuned, capsys):
     )
     assert (code, list(tuned.iterdir())) == (0, [])
     assert "left out" in out
+
+
+def test_a_search_that_is_out_of_time_files_the_best_until_then_and_is_made_again(
+    clock, tuned, capsys, monkeypatch
+):
+    clock[4], clock[2] = 5.0, 1.0
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    on_candidate = command._Progress.candidate
+
+    def tick(self, *told):  # a second each: the heuristic, 8 and 4, and then time is over
+        now[0] += 1.0
+        on_candidate(self, *told)
+
+    monkeypatch.setattr(command._Progress, "candidate", tick)
+    arguments = ("--workloads", "tiny: knn", "--out", str(tuned), "--budget-seconds", "2.5")
+    code, out, _ = tune(capsys, *arguments)
+    assert code == 0
+    assert "block_q 4, 5000 us" in out
+    assert "not complete" in out
+    (entry,) = block_sizes.read_table(tuned / "cpu" / "knn_indices.json").values()
+    assert (entry["block_sizes"], entry["complete"]) == ({"block_q": 4}, False)
+    code, out, _ = tune(capsys, *arguments[:-1], "100")
+    assert "block_q 2, 1000 us" in out
+    assert "not complete" not in out
+    assert "in the table" in tune(capsys, *arguments)[1]
+
+
+def test_a_log_without_a_terminal_says_now_and_then_what_is_tried(
+    clock, tuned, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "_QUIET_S", -1.0)
+    _, _, err = tune(capsys, "--workloads", "tiny: knn", "--out", str(tuned))
+    assert "float32: compiling" in err
+    assert "float32: heuristic: 1e+04 us" in err
+    assert "float32: block_q 8: 1e+04 us, best 1e+04 us" in err
 
 
 def test_the_list_is_what_matches(capsys):
