@@ -12,6 +12,7 @@ marked as not complete, and searched again by the next run.
 
 import argparse
 import datetime
+import os
 import pathlib
 import subprocess
 import sys
@@ -171,7 +172,9 @@ class _Progress:
 
 
 def _commit() -> str | None:
-    """Returns the commit that the package is checked out at, or None."""
+    """Returns the commit that the package is checked out at, or that JAXTOPK_COMMIT states for a copy without history, or None."""
+    if stated := os.environ.get("JAXTOPK_COMMIT"):
+        return stated
     try:
         done = subprocess.run(
             ["git", "-C", str(_PACKAGE), "rev-parse", "HEAD"],
