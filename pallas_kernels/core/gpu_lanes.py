@@ -19,12 +19,12 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
-from jax.extend.mlir.dialects import math as math_dialect
 
 from pallas_kernels.core.compat import llvm, nvvm
 
 _LANES, _WARP, _WARPS = 128, 32, 4
 _EVERY_LANE = 0xFFFFFFFF
+_BYTES = 4  # of a word
 _ROWS_IN_FLIGHT = 16  # rows that a lane reads a part of before it uses the first
 GROUP = 8  # neighbours that `sampled_load` reads together: 32 bytes of float32, one sector of global memory
 _SWIZZLE = 128  # bytes of a row of a tile that tensor cores read
@@ -85,6 +85,25 @@ def sampled_load(ref, begin, span, size: int, *, interpreted: bool):
         )
 
     return load(ref, begin, span)
+
+
+def bitcast_scalar(value, dtype, *, interpreted: bool):
+    """Returns the float32 or int32 scalar of the same bits; `lax.bitcast_convert_type` lowers for vectors only."""
+    if interpreted:
+        return lax.bitcast_convert_type(value, dtype)
+    dtype = jnp.dtype(dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_SCALAR,), return_type=plgpu.ShapeDtypeStruct((), dtype, layout=_SCALAR)
+    )
+    def cast(ctx, value):
+        del ctx
+        signed = None if dtype == _FLOAT32 else True
+        return mgpu.FragmentedArray.bitcast(
+            value, mgpu.utils.dtype_to_ir_type(dtype), output_is_signed=signed
+        )
+
+    return cast(value)
 
 
 def append(hit, payloads: Sequence, lists: Sequence, base, scratch, *, layout, interpreted: bool):
@@ -188,58 +207,95 @@ def _pack(hit, payloads, lists, base, scratch, capacity):
     i32 = ir.IntegerType.get_signless(32)
     vectors, width = hit.registers.size, hit.layout.vec_size
     lane, warp = _lane_and_warp()
-    below = arith.subi(arith.shli(_c(1), lane), _c(1))  # bits of the warp's lower lanes
-    first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, _c(0))
 
-    # How many hits of each register vector lie in this warp, and how many of those in lower lanes.
-    flags, befores, totals = [], [], []
-    for v in range(vectors):
-        of_lane = [_extract(hit.registers.flat[v], j) for j in range(width)]
-        votes = [_ballot(flag) for flag in of_lane]
-        flags.append(of_lane)
-        befores.append(
-            functools.reduce(
-                arith.addi, [math_dialect.ctpop(arith.andi(vote, below)) for vote in votes]
-            )
-        )
-        totals.append(functools.reduce(arith.addi, [math_dialect.ctpop(vote) for vote in votes]))
-        slot = arith.addi(warp, _c(_WARPS * v))
-        _store(scratch, slot, totals[v], first_lane)
-    mgpu.utils.warpgroup_barrier()
+    # A word holds four register vectors, a byte each: first the lane's hits as bits, then how many they are, then how many there
+    # are in this and all lower lanes of the warp, which is at most 128.
+    marks, before, totals = [], [], []
+    for first in range(0, vectors, _BYTES):
+        mark = _c(0)
+        for v in range(first, min(first + _BYTES, vectors)):
+            for j in range(width):
+                flag = _extract(hit.registers.flat[v], j)
+                bit = _c(1 << (8 * (v - first) + j))
+                mark = arith.ori(mark, arith.select(flag, bit, _c(0)))
+        own = mark
+        if width > 1:  # the sum of a byte's low four bits
+            own = arith.subi(own, arith.andi(arith.shrui(own, _c(1)), _c(0x55555555)))
+        if width > 2:
+            pairs = arith.andi(arith.shrui(own, _c(2)), _c(0x33333333))
+            own = arith.addi(arith.andi(own, _c(0x33333333)), pairs)
+        running = _sum_below(own, _WARP)
+        marks.append(mark)
+        before.append(arith.subi(running, own))
+        totals.append(_pick(running, _c(_WARP - 1)))
+    byte_of = lambda words, v: arith.andi(
+        arith.shrui(words[v // _BYTES], _c(8 * (v % _BYTES))), _c(0xFF)
+    )
 
     # Vectors follow each other, and within a vector the warps: a sum over both, one a lane, says where each begins.
+    total = totals[0]
+    for word, other in enumerate(totals[1:], 1):
+        later = arith.cmpi(arith.CmpIPredicate.uge, lane, _c(word * _BYTES))
+        total = arith.select(later, other, total)
+    shift = arith.muli(arith.andi(lane, _c(_BYTES - 1)), _c(8))
+    slot = arith.addi(warp, arith.muli(lane, _c(_WARPS)))
+    has_vector = arith.cmpi(arith.CmpIPredicate.ult, lane, _c(vectors))
+    _store(scratch, slot, arith.andi(arith.shrui(total, shift), _c(0xFF)), has_vector)
+    mgpu.utils.warpgroup_barrier()
+    parts = _WARPS * vectors
     own = _load(scratch, lane)
-    if _WARPS * vectors < _WARP:
-        inside = arith.cmpi(arith.CmpIPredicate.ult, lane, _c(_WARPS * vectors))
-        own = arith.select(inside, own, _c(0))
-    running = own
-    for distance in (1, 2, 4, 8, 16):
-        lower = nvvm.shfl_sync(
-            _c(_EVERY_LANE), running, _c(distance), _c(0), nvvm.ShflKind.up, results=[i32]
-        )
-        has_lower = arith.cmpi(arith.CmpIPredicate.uge, lane, _c(distance))
-        running = arith.addi(running, arith.select(has_lower, lower, _c(0)))
+    running = _sum_below(own, parts)
     begin = arith.addi(base, arith.subi(running, own))
-    pick = lambda value, source: nvvm.shfl_sync(
-        _c(_EVERY_LANE), value, source, _c(31), nvvm.ShflKind.idx, results=[i32]
-    )
     for v in range(vectors):
-        start = pick(begin, arith.addi(warp, _c(_WARPS * v)))
-        some = arith.cmpi(arith.CmpIPredicate.ne, totals[v], _c(0))
+        start = _pick(begin, arith.addi(warp, _c(_WARPS * v)))
+        some = arith.cmpi(arith.CmpIPredicate.ne, byte_of(totals, v), _c(0))
         branch = scf.IfOp(some)
         with ir.InsertionPoint(branch.then_block):
-            slot = arith.addi(start, befores[v])
+            slot = arith.addi(start, byte_of(before, v))
             for j in range(width):
+                bit = arith.andi(marks[v // _BYTES], _c(1 << (8 * (v % _BYTES) + j)))
+                flag = arith.cmpi(arith.CmpIPredicate.ne, bit, _c(0))
                 fits = arith.cmpi(arith.CmpIPredicate.ult, slot, _c(capacity))
-                wanted = arith.andi(flags[v][j], fits)
+                wanted = arith.andi(flag, fits)
                 for payload, target in zip(payloads, lists, strict=True):
                     _store(target, slot, _extract(payload.registers.flat[v], j), wanted)
                 if j + 1 < width:
-                    slot = arith.addi(slot, arith.extui(i32, flags[v][j]))
+                    slot = arith.addi(slot, arith.extui(i32, flag))
             scf.yield_([])
-    total = pick(running, _c(_WARP - 1))
+    total = _pick(running, _c(parts - 1))
     mgpu.utils.warpgroup_barrier()
     return total
+
+
+def _sum_below(value, lanes: int):
+    """Adds to each of the first `lanes` lanes of a warp what all lower lanes hold."""
+    i32 = ir.IntegerType.get_signless(32)
+    both = llvm.StructType.get_literal([i32, ir.IntegerType.get_signless(1)])
+    distance = 1
+    while distance < lanes:
+        moved = nvvm.shfl_sync(
+            _c(_EVERY_LANE),
+            value,
+            _c(distance),
+            _c(0),
+            nvvm.ShflKind.up,
+            return_value_and_is_valid=True,
+            results=[both],
+        )
+        lower, has_lower = llvm.extractvalue(i32, moved, [0]), llvm.extractvalue(
+            ir.IntegerType.get_signless(1), moved, [1]
+        )
+        value = arith.select(has_lower, arith.addi(value, lower), value)
+        distance *= 2
+    return value
+
+
+def _pick(value, lane):
+    """Returns what a lane of the warp holds."""
+    i32 = ir.IntegerType.get_signless(32)
+    return nvvm.shfl_sync(
+        _c(_EVERY_LANE), value, lane, _c(31), nvvm.ShflKind.idx, results=[i32]
+    )
 
 
 def check_table(op: str, name: str, array) -> None:
@@ -542,10 +598,6 @@ def _lane_and_warp():
 
 def _extract(register, index: int):
     return llvm.extractelement(register, _c(index))
-
-
-def _ballot(flag):
-    return nvvm.vote_sync(_c(_EVERY_LANE), flag, nvvm.VoteSyncKind.ballot)
 
 
 def _load(ref, place):

@@ -44,19 +44,23 @@ def repeat_for_heads(chosen: TopKSelection, heads: int) -> TopKSelection:
     return jax.tree.map(lambda x: jnp.repeat(x, heads, axis=1), chosen)
 
 
-def order_key(scores: Shaped[Array, "..."]) -> Int32[Array, "..."]:
+def order_key(
+    scores: Shaped[Array, "..."], bitcast=lax.bitcast_convert_type
+) -> Int32[Array, "..."]:
     """Maps scores to int32 so that integer order is score order; made of integer operations only."""
-    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    bits = bitcast(scores.astype(jnp.float32), jnp.int32)
     magnitude = bits & 0x7FFFFFFF
     key = jnp.where(bits < 0, -magnitude, magnitude)
     key = jnp.where(magnitude < SMALLEST_NORMAL_KEY, 0, key)
     return jnp.where(magnitude > _INFINITY, NAN, key)
 
 
-def key_to_score(key: Int32[Array, "..."]) -> Float32[Array, "..."]:
+def key_to_score(
+    key: Int32[Array, "..."], bitcast=lax.bitcast_convert_type
+) -> Float32[Array, "..."]:
     """Inverse of `order_key` for the keys of numbers; `NOTHING` becomes +inf, the threshold of an empty row."""
     bits = jnp.where(key < 0, -key | jnp.int32(DEAD), key)
-    score = lax.bitcast_convert_type(bits, jnp.float32)
+    score = bitcast(bits, jnp.float32)
     return jnp.where(key == NOTHING, jnp.float32(jnp.inf), score)
 
 

@@ -7,7 +7,7 @@
    fetches each head's own scores at the shared places after, both in XLA.
 3. `_attend_kernel`: a block takes parts of one head's list, reads their value rows straight into registers, all rows of a part in
    flight together, and adds them up with their weights.
-4. The splits' (max, sum, accumulator) are merged by log-sum-exp, in XLA.
+4. `_merge_kernel` merges the splits' (max, sum, accumulator) by log-sum-exp.
 
 Every later step reads the scores that step 1 wrote, so the set and the softmax cannot disagree. Additions are in an order that
 depends on shapes alone: two runs give the same bits.
@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, gpu_lanes, masks, online_softmax, paging, selection
+from pallas_kernels.core import compat, gpu_lanes, masks, paging, selection
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of
 from pallas_kernels.core.interpret import interpret_options
@@ -45,21 +45,29 @@ _LANES = 128  # lanes of a warpgroup
 _PART = 128  # listed keys that the attend kernel takes at a time
 _SPLIT_KEYS = 4096  # scored by one block
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
+_MERGE_AT_ONCE = 16  # splits whose parts are read together
 _ATTEND_BLOCKS = 2112  # and of the attend kernel, which mostly waits for memory: sixteen
 _MAX_HEAD_SIZE = 256
 _QUERY_REGISTERS = 96  # registers a lane may spend on keeping the group's queries
 _SWIZZLE = 128  # bytes
 
 
-def _visible_tiles(start_ref, end_ref, b, split, splits: int, num_keys: int, tile: int):
+def _visible_of(start_ref, end_ref, b, limit: int):
+    """Returns the first visible key of a sequence, and one past the last, which is at most `limit`."""
+    inside = lambda place: jnp.clip(place, 0, limit)
+    start = jnp.int32(0) if start_ref is None else inside(start_ref[b])
+    return start, jnp.int32(limit) if end_ref is None else inside(end_ref[b])
+
+
+def _visible_tiles(start, end, split, splits: int, num_keys: int, tile: int):
     """Returns the tiles [first, last) of a split, and where a tile begins.
 
     Whole tiles are shared out; what is left over goes to the block of the last whole tile, as it overlaps with that.
     """
     share = pl.cdiv(num_keys // tile, splits)
     stop = jnp.where(split == splits - 1, pl.cdiv(num_keys, tile), (split + 1) * share)
-    first = jnp.maximum(split * share, lax.div(start_ref[b], tile))
-    last = jnp.minimum(stop, lax.div(end_ref[b] + (tile - 1), tile))
+    first = jnp.maximum(split * share, lax.div(start, tile))
+    last = jnp.minimum(stop, lax.div(end + (tile - 1), tile))
     return first, last, lambda index: jnp.minimum(index * tile, num_keys - tile)
 
 
@@ -68,8 +76,8 @@ def _score_tiles_kernel(
     query_ref,  # [B, K, heads, H], the group's queries and zeros
     key_ref,  # [B, S, K, H], or pages [P, page, K, H]
     table_ref,  # None, or [B, pages] i32
-    start_ref,  # [B] i32, first visible key
-    end_ref,  # [B] i32, one past the last
+    start_ref,  # None, or [B] i32, first visible key
+    end_ref,  # None, or [B] i32, one past the last
     # outputs, global memory
     scores_ref,  # [B, K, group, >= S] f32; keys outside of the visible tiles are not written
     # scratch, shared memory
@@ -79,20 +87,22 @@ def _score_tiles_kernel(
     filled,  # barriers, one a stage
     *,
     num_keys: int,
+    limit: int,
     scale: float,
     splits: int,
     interpreted: bool,
 ):
     stages = tiles_ref.shape[0]
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
-    first, last, offset_of = _visible_tiles(start_ref, end_ref, b, split, splits, num_keys, _TILE)
+    start, end = _visible_of(start_ref, end_ref, b, limit)
+    first, last, offset_of = _visible_tiles(start, end, split, splits, num_keys, _TILE)
     keys = CacheTiles(
         cache_ref=key_ref,
         table_ref=table_ref,
         sequence=b,
         head=kv,
-        start=start_ref[b],
-        end=end_ref[b],
+        start=start,
+        end=end,
         rows=_TILE,
     )
 
@@ -134,8 +144,8 @@ def _score_rows_kernel(
     query_ref,  # [B, N, H]
     key_ref,  # [B, S, K, H], or pages [P, page, K, H]
     table_ref,  # None, or [B, pages] i32
-    start_ref,  # [B] i32, first visible key
-    end_ref,  # [B] i32, one past the last
+    start_ref,  # None, or [B] i32, first visible key
+    end_ref,  # None, or [B] i32, one past the last
     # outputs, global memory
     scores_ref,  # [B, N, >= S] f32; keys outside of the visible tiles are not written
     # scratch, shared memory
@@ -143,22 +153,22 @@ def _score_rows_kernel(
     filled,  # barriers, one a stage
     *,
     num_keys: int,
+    limit: int,
     group: int,
     scale: float,
     splits: int,
 ):
     stages, _, h = tiles_ref.shape
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
-    first, last, offset_of = _visible_tiles(
-        start_ref, end_ref, b, split, splits, num_keys, _ROW_TILE
-    )
+    start, end = _visible_of(start_ref, end_ref, b, limit)
+    first, last, offset_of = _visible_tiles(start, end, split, splits, num_keys, _ROW_TILE)
     cache = CacheTiles(
         cache_ref=key_ref,
         table_ref=table_ref,
         sequence=b,
         head=kv,
-        start=start_ref[b],
-        end=end_ref[b],
+        start=start,
+        end=end,
         rows=_ROW_TILE,
     )
 
@@ -281,6 +291,52 @@ def _attend_kernel(
     total_ref[split, b, head] = jnp.sum(total)
 
 
+def _merge_kernel(
+    # inputs, global memory
+    acc_ref,  # [splits, B, N, row] f32
+    m_ref,  # [splits, B, N] f32
+    total_ref,  # [splits, B, N] f32
+    # outputs, global memory
+    out_ref,  # [B, N, row]
+    lse_ref,  # [B, N] f32
+    *,
+    splits: int,
+):
+    b, head = lax.axis_index("batch"), lax.axis_index("head")
+    row = acc_ref.shape[3]
+    layout = plgpu.Layout.WG_STRIDED((row,), vec_size=row // _LANES)
+
+    def fold(init, use):
+        """carry = use(split, carry) over the splits, the reads of some of them under way together."""
+
+        def some(group, carry):
+            for i in range(min(_MERGE_AT_ONCE, splits)):
+                split = group * _MERGE_AT_ONCE + i
+                carry = use(jnp.minimum(split, splits - 1), split < splits, carry)
+            return carry
+
+        return lax.fori_loop(0, pl.cdiv(splits, _MERGE_AT_ONCE), some, init)
+
+    top = fold(
+        jnp.float32(-jnp.inf), lambda split, _, top: jnp.maximum(top, m_ref[split, b, head])
+    )
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+
+    def add(split, real, carry):
+        acc, total = carry
+        part = plgpu.load(acc_ref.at[split, b, head], layout=layout, optimized=False)
+        m = m_ref[split, b, head]
+        weight = jnp.where(real & (m != -jnp.inf), jnp.exp(m - shift), 0.0)
+        return acc + spread(weight) * part, total + weight * total_ref[split, b, head]
+
+    spread = lambda x: plgpu.layout_cast(lax.broadcast(x, (row,)), layout)
+    acc, total = fold((spread(jnp.float32(0)), jnp.float32(0)), add)
+    empty = total == 0  # and so is the sum
+    safe = jnp.where(empty, 1.0, total)
+    out_ref[b, head] = (acc / spread(safe)).astype(out_ref.dtype)
+    lse_ref[b, head] = jnp.where(empty, -jnp.inf, shift + jnp.log(safe))
+
+
 def _check(query, key, value, block_sizes):
     dtype = query.dtype.name
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -352,8 +408,10 @@ def topk_decode_attention(
     b, n, h = query.shape
     k = value.shape[2]
     num_keys = value.shape[1] if table is None else table.shape[1] * page
-    end = jnp.full((b,), num_keys, jnp.int32) if lengths is None else jnp.clip(lengths, 0, num_keys)
-    start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    start, end = None, lengths
+    if window is not None:
+        end = jnp.full((b,), num_keys) if lengths is None else jnp.clip(lengths, 0, num_keys)
+        start = jnp.maximum(end - window, 0)
     sizes = _sizes(query, num_keys, k, topk, block_sizes)
     scores = _scores(query, key, start, end, scale, sizes.num_splits, table)
     padded = scores.shape[2]
@@ -362,16 +420,19 @@ def topk_decode_attention(
     per_set = n // num_sets
     visible = masks.visible_to_decode(padded, end, window, b)[:, None, :]
     ranked = pooling_.pool(scores, visible, num_sets, pooling)
-    budget = selection.rows_of(topk, (b, n))[:, ::per_set]
+    budget = None
+    if not isinstance(topk, int):
+        budget = selection.rows_of(topk, (b, n))[:, ::per_set].reshape(-1)
     # Without a static budget the list has room for every key.
     size = min(topk, num_keys) if isinstance(topk, int) else num_keys
     shared = num_sets != n
     count, threshold, cut, places, *listed_scores = topk_select.select(
         ranked.reshape(b * num_sets, padded),
-        jnp.repeat(start, num_sets),
-        jnp.repeat(end, num_sets),
-        budget.reshape(-1),
+        start,
+        end,
+        budget,
         topk=size,
+        limit=num_keys,
         listed=("indices",) if shared else ("indices", "scores"),
     )
     count, threshold, cut = (x.reshape(b, num_sets) for x in (count, threshold, cut))
@@ -399,7 +460,7 @@ def _scores(query, key, start, end, scale, wanted, table=None):
     if table is not None:
         page = num_keys
         num_keys = table.shape[1] * page
-    group = n // k
+    group, limit = n // k, num_keys
     options = interpret_options()
     interpret = compat.gpu_interpret(options)
     # Swizzled tiles begin at multiples of 8 keys, and so has the last one, which ends with the cache.
@@ -420,7 +481,12 @@ def _scores(query, key, start, end, scale, wanted, table=None):
     if not tensor_cores:
         return plgpu.kernel(
             functools.partial(
-                _score_rows_kernel, num_keys=num_keys, group=group, scale=scale, splits=splits
+                _score_rows_kernel,
+                num_keys=num_keys,
+                limit=limit,
+                group=group,
+                scale=scale,
+                splits=splits,
             ),
             out_type=jax.ShapeDtypeStruct((b, n, padded), jnp.float32),
             scratch_types=[
@@ -438,6 +504,7 @@ def _scores(query, key, start, end, scale, wanted, table=None):
         functools.partial(
             _score_tiles_kernel,
             num_keys=num_keys,
+            limit=limit,
             scale=scale,
             splits=splits,
             interpreted=options is not None,
@@ -487,6 +554,15 @@ def _attend(scores, places, counts, value, wanted):
         kernel_name=f"topk_decode_attend_v{v_size}",
         interpret=compat.gpu_interpret(options),
     )(widen(places), widen(scores), counts, value)
-    out, lse = online_softmax.merge_splits(acc[..., :v_size], m, total)
-    # Compiled on its own, and so with the same rounding, whatever is done with the results.
-    return lax.optimization_barrier((out.astype(value.dtype), lse))
+    out, lse = plgpu.kernel(
+        functools.partial(_merge_kernel, splits=splits),
+        out_type=[
+            jax.ShapeDtypeStruct((b, n, row), value.dtype),
+            jax.ShapeDtypeStruct((b, n), jnp.float32),
+        ],
+        grid=(b, n),
+        grid_names=("batch", "head"),
+        kernel_name=f"topk_decode_merge_{splits}",
+        interpret=compat.gpu_interpret(options),
+    )(acc, m, total)
+    return out[..., :v_size], lse

@@ -70,7 +70,7 @@ def _score_copy_kernel(*refs, bounds: bool, num_keys: int, splits: int, interpre
     b, split = lax.axis_index("batch"), lax.axis_index("split")
     first_head = lax.axis_index("kv_heads") * together
     first, last, offset_of = mosaic_gpu._visible_tiles(
-        start_ref, end_ref, b, split, splits, num_keys, _TILE
+        start_ref[b], end_ref[b], split, splits, num_keys, _TILE
     )
     # A step is a tile of one head; the heads of some tokens follow one another.
     steps = jnp.maximum(last - first, 0) * together

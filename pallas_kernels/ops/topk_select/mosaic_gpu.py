@@ -43,12 +43,15 @@ _MAX_CAPACITY = 12_288  # keys of the list: 96 of the 227 KiB of shared memory
 _SMALL_ROW = 2048  # keys of a row that the list always holds whole
 _DEFAULT_BUDGET = 4096  # what the list is sized for where the budget is an array
 _SAMPLE = 8192
+_SPLIT_SAMPLES = 2048, 4096  # may do for the blocks that share a row, as they all read the row's whole sample
+_SPLIT_SURPLUS = 2.0  # times the budget: what a row's lists may hold for that
+_EVEN_PASSES = 2  # over the sample, whose bounds are even steps of the score and not of its key
 _BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
 _STREAMED_BITS = 3  # and a pass over the row
 _STREAMED_VECTORS = 4  # register vectors that a lane reads at a time there
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
 _SPLIT_KEYS = 8192  # a block of its own is not worth less
-_SPLITS_AT_ONCE = 4  # whose lists are read together
+_SPLITS_AT_ONCE = 8  # whose lists are read together
 _LOWEST = -0x7F800000  # order key of -inf: every number reaches it
 _HIGHEST = 0x7F800001  # one above that of +inf: no number reaches it
 
@@ -57,12 +60,17 @@ _HIGHEST = 0x7F800001  # one above that of +inf: no number reaches it
 class _Plan:
     """Sizes of one call.
 
+    rows, limit: how many rows there are, and how many keys of each may be visible.
+    topk: the largest budget, and each row's where no other is given.
     step, align: keys that are read at a time, and neighbours that a lane reads together.
     capacity: keys that the list holds, a multiple of `_CHUNK`.
     sample: keys that are sampled, a power of two.
     splits: blocks that narrow one row.
     """
 
+    rows: int
+    limit: int
+    topk: int | None
     step: int
     align: int
     capacity: int
@@ -70,10 +78,14 @@ class _Plan:
     splits: int
     interpreted: bool
 
+    def bitcast(self, scalar, dtype):
+        return gpu_lanes.bitcast_scalar(scalar, dtype, interpreted=self.interpreted)
+
 
 def _plan(
     rows: int,
     num_keys: int,
+    limit: int,
     topk: int | None,
     sizes: TopKSelectBlockSizes | None,
     interpreted: bool,
@@ -103,8 +115,7 @@ def _plan(
         step //= 2
     budget = min(_DEFAULT_BUDGET if topk is None else topk, num_keys)
     sample = max(_LANES * 8, min(_SAMPLE, 2 ** (num_keys.bit_length() - 4)))
-    expected = budget * sample / num_keys
-    wanted = 1.125 * (expected + 4 * math.sqrt(expected) + 4) + 1
+    wanted = _most_reached(budget, sample, num_keys)
     capacity = (wanted + 4 * math.sqrt(wanted)) * num_keys / sample
     # A plateau fills the budget and the tile that does so; a few are above it.
     capacity = max(capacity, 1.25 * budget + step)
@@ -119,7 +130,14 @@ def _plan(
         splits = block_sizes_.even_splits(pl.cdiv(num_keys, step), sizes.num_splits)
     if splits > 1:  # few rows: there is room for a list that no sample is likely to miss
         capacity = pl.cdiv(min(_MAX_CAPACITY, num_keys), _CHUNK) * _CHUNK
+        for size in _SPLIT_SAMPLES:
+            listed = _most_reached(budget, size, num_keys) * num_keys / size
+            if size < sample and listed <= _SPLIT_SURPLUS * budget:
+                sample = size
     return _Plan(
+        rows=rows,
+        limit=limit,
+        topk=topk,
         step=step,
         align=align,
         capacity=capacity,
@@ -129,10 +147,17 @@ def _plan(
     )
 
 
+def _most_reached(budget: int, sample: int, num_keys: int) -> float:
+    """Returns how much of a sample the bound of `_lower_bound` is meant to be reached by, at most."""
+    expected = budget * sample / num_keys
+    return 1.125 * (expected + 4 * math.sqrt(expected) + 4) + 1
+
+
 class _Row:
     """One row of scores in global memory, read tile by tile."""
 
     def __init__(self, scores_ref, row, start, end, step: int, align: int):
+        """start, end: the first visible key and one past the last, inside the row."""
         self.ref, self.row, self.start, self.end, self.step = scores_ref, row, start, end, step
         self.num_keys = scores_ref.shape[1]
         self.layout = plgpu.Layout.WG_STRIDED((step,), vec_size=align)
@@ -153,6 +178,13 @@ class _Row:
         width = jnp.maximum(self.end - begin, 0)
         return place, (place - begin).astype(jnp.uint32) < width.astype(jnp.uint32)
 
+    def seen(self, tile, scores):
+        """Makes scores of keys that `places` does not call visible NaN; most tiles have none, which one test settles."""
+        begin = tile * self.step
+        whole = (begin >= self.start) & (begin + self.step <= self.end)
+        hide = lambda: jnp.where(self.places(tile)[1], scores, jnp.nan)
+        return lax.cond(whole, lambda: scores, hide)
+
     def scan(self, first, last, state, use):
         """state = use(tile, scores, state) over the tiles [first, last); the next one is on its way meanwhile."""
 
@@ -165,6 +197,18 @@ class _Row:
         return state
 
 
+def _visible_of(index, start_ref, end_ref, plan: _Plan):
+    """Returns the first visible key of a row and one past the last; an entry of either reference is for several rows in turn."""
+    entry = lambda ref: ref[lax.div(index, plan.rows // ref.shape[0])]
+    inside = lambda place: jnp.clip(place, 0, plan.limit)
+    start = jnp.int32(0) if start_ref is None else inside(entry(start_ref))
+    return start, jnp.int32(plan.limit) if end_ref is None else inside(entry(end_ref))
+
+
+def _budget_of(index, budget_ref, plan: _Plan):
+    return jnp.int32(plan.topk) if budget_ref is None else jnp.maximum(budget_ref[index], 0)
+
+
 def _keys_of(scores):
     key = selection.order_key(scores)
     return jnp.where(key == selection.NAN, selection.DEAD, key)
@@ -175,13 +219,26 @@ def _half(low, high):
     return low + lax.shift_right_logical(high - low, 1)
 
 
-def _shrink(low, high, reached, wanted, count):
+def _even_keys(low, high):
+    """Returns bounds that divide [low, high) into parts of one width as integers."""
+    part = lax.shift_right_logical(high - low - 1, _BITS) + 1
+    return [low + i * part for i in range(1, 2**_BITS)]
+
+
+def _even_scores(low, high, bitcast):
+    """Returns bounds that divide [low, high) into parts of one width as scores; all of them are inside, if there is room."""
+    least, most = (selection.key_to_score(key, bitcast) for key in (low, high))
+    part = (most - least) * 0.5**_BITS
+    bounds = [selection.order_key(least + i * part, bitcast) for i in range(1, 2**_BITS)]
+    return [jnp.maximum(jnp.minimum(bound, high - 1), low + 1) for bound in bounds]
+
+
+def _shrink(low, high, reached, wanted, count, bounds=None):
     """Narrows [low, high), where at least `wanted` keys reach `low` (so many: `reached`) and fewer reach `high`, by one pass.
 
-    `count(tests)` returns how many keys pass each test.
+    `count(tests)` returns how many keys pass each test, `bounds` ascend.
     """
-    part = lax.shift_right_logical(high - low - 1, _BITS) + 1
-    bounds = [low + i * part for i in range(1, 2**_BITS)]
+    bounds = _even_keys(low, high) if bounds is None else bounds
     counts = count([lambda key, b=b: key >= b for b in bounds])
     for bound, counted in zip(bounds, counts, strict=True):
         enough = counted >= wanted
@@ -228,11 +285,28 @@ def _lower_bound(row: _Row, budget, lanes_ref, plan: _Plan):
         def count(tests):
             return totals(*[test(keys).astype(jnp.int32) for test in tests])
 
-        [largest] = totals(keys, kind="max")
-        low, _, reached = lax.while_loop(
+        largest, smallest = totals(keys, -keys, kind="max")
+        smallest = jnp.maximum(-smallest, _LOWEST)
+
+        def shrink(carry):
+            low, high, reached, passes = carry
+            # Scores are spread more evenly than their keys; where they are not, the keys bring the search to its end.
+            evenly = _even_scores(jnp.maximum(low, smallest), high, plan.bitcast)
+            bounds = [
+                jnp.where(passes < _EVEN_PASSES, *pair)
+                for pair in zip(evenly, _even_keys(low, high), strict=True)
+            ]
+            return *_shrink(low, high, reached, wanted, count, bounds), passes + 1
+
+        low, _, reached, _ = lax.while_loop(
             lambda carry: (carry[1] - carry[0] != 1) & (carry[2] - wanted > slack),
-            lambda carry: _shrink(*carry, wanted, count),
-            (jnp.int32(_LOWEST), jnp.maximum(largest, _LOWEST) + 1, jnp.int32(plan.sample)),
+            shrink,
+            (
+                jnp.int32(_LOWEST),
+                jnp.maximum(largest, _LOWEST) + 1,
+                jnp.int32(plan.sample),
+                jnp.int32(0),
+            ),
         )
         reached = reached.astype(jnp.float32)
         most = reached + 3.0 * lax.sqrt(reached)
@@ -278,10 +352,10 @@ def _pack_candidates(row: _Row, first, last, bound, budget, lists, lanes_ref, pl
     """
 
     def pack(tile, scores, found):
-        place, seen = row.places(tile)
+        scores = row.seen(tile, scores)
         return gpu_lanes.append(
-            seen & (scores >= _least_listed(bound, budget, found, (row.step,), row.layout)),
-            [place, lax.bitcast_convert_type(scores, jnp.int32)],
+            scores >= _least_listed(bound, budget, found, (row.step,), row.layout),
+            [row.offset(tile) + row.lane_place, lax.bitcast_convert_type(scores, jnp.int32)],
             lists,
             found,
             lanes_ref,
@@ -295,9 +369,9 @@ def _pack_candidates(row: _Row, first, last, bound, budget, lists, lanes_ref, pl
 def _narrow_kernel(
     # inputs, global memory
     scores_ref,  # [rows, S]
-    budget_ref,  # [rows] i32
-    start_ref,  # [rows] i32
-    end_ref,  # [rows] i32
+    budget_ref,  # None, or [rows] i32
+    start_ref,  # None, or [rows / n] i32, each for n rows
+    end_ref,  # likewise
     # outputs, global memory
     bound_ref,  # [rows, splits] i32, order key that candidates reach; the same in all splits
     found_ref,  # [rows, splits] i32, candidates of the split; more than the capacity: the list is cut off
@@ -309,8 +383,8 @@ def _narrow_kernel(
     plan: _Plan,
 ):
     index, split = lax.axis_index("row"), lax.axis_index("split")
-    row = _Row(scores_ref, index, start_ref[index], end_ref[index], plan.step, plan.align)
-    budget = budget_ref[index]
+    row = _Row(scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align)
+    budget = _budget_of(index, budget_ref, plan)
     bound, hopeful = _lower_bound(row, budget, lanes_ref, plan)
     share = pl.cdiv(pl.cdiv(row.num_keys, plan.step), plan.splits)
     first = jnp.maximum(row.first, split * share)
@@ -324,20 +398,20 @@ def _narrow_kernel(
 
 def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
     # inputs, global memory:
-    #   scores [rows, S]; budget, start, end [rows] i32; where the rows were narrowed before, what that kernel put out
+    #   scores, budget, start, end as in `_narrow_kernel`; where the rows were narrowed before, what that kernel put out
     # outputs, global memory:
-    #   count, threshold's order key, tie cut [rows] i32; lists [rows, >= topk]: "indices" i32, "scores" f32
+    #   count [rows] i32, threshold [rows] f32, tie cut [rows] i32; lists [rows, >= topk]: "indices" i32, "scores" f32
     # scratch, shared memory:
     #   places_ref, keys_ref [capacity, and a chunk where rows were narrowed before] i32, the list; lanes_ref
     refs = list(refs)
     scores_ref, budget_ref, start_ref, end_ref = (refs.pop(0) for _ in range(4))
     narrowed = [refs.pop(0) for _ in range(4)] if plan.splits > 1 else None
-    count_ref, bound_ref, cut_ref = (refs.pop(0) for _ in range(3))
+    count_ref, threshold_ref, cut_ref = (refs.pop(0) for _ in range(3))
     list_refs = [refs.pop(0) for _ in listed]
     places_ref, keys_ref, lanes_ref = refs
     index = lax.axis_index("row")
-    row = _Row(scores_ref, index, start_ref[index], end_ref[index], plan.step, plan.align)
-    budget = jnp.maximum(budget_ref[index], 0)
+    row = _Row(scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align)
+    budget = _budget_of(index, budget_ref, plan)
     chunk_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=4)
     lane = plgpu.broadcasted_iota(jnp.int32, (_CHUNK,), 0, layout=chunk_layout)
     append = functools.partial(gpu_lanes.append, interpreted=plan.interpreted)
@@ -422,7 +496,8 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
     def finish(kept, bound, cut, emit):
         """Writes the row's results; `emit(found)` packs the selected keys into the lists."""
         count_ref[index] = kept
-        bound_ref[index] = jnp.where(kept > 0, bound, selection.NOTHING)
+        bound = jnp.where(kept > 0, bound, selection.NOTHING)
+        threshold_ref[index] = selection.key_to_score(bound, plan.bitcast)
         cut_ref[index] = jnp.where(kept > 0, cut, -1)
         if not list_refs:
             return
@@ -668,11 +743,12 @@ def _search_in_place(row: _Row, budget, hint, lanes_ref, finish, listing, plan: 
 
 def select(
     scores,
-    start,
-    end,
-    budget,
+    start=None,
+    end=None,
+    budget=None,
     *,
     topk: int | None = None,
+    limit: int | None = None,
     listed: tuple[str, ...] = (),
     block_sizes: TopKSelectBlockSizes | None = None,
 ):
@@ -680,17 +756,20 @@ def select(
 
     Args:
       scores: [rows, S], float16, bfloat16 or float32. Keys outside [start, end) are never looked at.
-      start, end, budget: int32 [rows], 0 <= start, end <= S.
+      start, end: int32 [rows / n], each for n rows in turn; beyond [0, limit] they are cut. None means 0, and `limit`.
+      budget: int32 [rows]; None means `topk`.
       topk: no budget is larger; None if that is not known. Sizes the kernel.
+      limit: keys of a row that may be visible; None means S.
       listed: "indices" for int32 [rows, topk], ascending, -1 at the tail; "scores" for float32 [rows, topk], those of the
         indices, subnormals as 0 and -inf at the tail.
     """
     rows, num_keys = scores.shape
+    limit = num_keys if limit is None else limit
     if num_keys < _LANES:
         scores = jnp.pad(scores, ((0, 0), (0, _LANES - num_keys)))
         num_keys = _LANES
     options = interpret_options()
-    plan = _plan(rows, num_keys, topk, block_sizes, options is not None)
+    plan = _plan(rows, num_keys, limit, topk, block_sizes, options is not None)
     interpret = compat.gpu_interpret(options)
     lanes = plgpu.SMEM((gpu_lanes.SCRATCH,), jnp.int32)
     arguments = [scores, budget, start, end]
@@ -706,15 +785,15 @@ def select(
             kernel_name=f"topk_select_narrow_s{plan.step}",
             interpret=interpret,
         )(*arguments)
-    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    row = functools.partial(jax.ShapeDtypeStruct, (rows,))
     width = pl.cdiv(topk or 1, _LANES) * _LANES
     room = plan.capacity + (
         _CHUNK if plan.splits > 1 else 0
     )  # the last list is put down in whole chunks
     dtypes = {"indices": jnp.int32, "scores": jnp.float32}
-    count, bound, cut, *lists = plgpu.kernel(
+    count, threshold, cut, *lists = plgpu.kernel(
         functools.partial(_select_kernel, plan=plan, listed=listed),
-        out_type=[row, row, row]
+        out_type=[row(jnp.int32), row(jnp.float32), row(jnp.int32)]
         + [jax.ShapeDtypeStruct((rows, width), dtypes[name]) for name in listed],
         scratch_types=[
             plgpu.SMEM((room,), jnp.int32),
@@ -726,7 +805,7 @@ def select(
         kernel_name=f"topk_select_s{plan.step}_c{plan.capacity}",
         interpret=interpret,
     )(*arguments)
-    return count, selection.key_to_score(bound), cut, *(x[:, :topk] for x in lists)
+    return count, threshold, cut, *(x[:, :topk] for x in lists)
 
 
 def topk_select(
@@ -741,8 +820,6 @@ def topk_select(
     if scores.dtype == jnp.float64:
         scores = scores.astype(jnp.float32)
     flat = scores.reshape(-1, num_keys)
-    end = jnp.full(rows, num_keys, jnp.int32) if lengths is None else jnp.clip(lengths, 0, num_keys)
-    budget = selection.rows_of(topk, rows)
     listed = ("indices",) if with_indices else ()
     if flat.shape[0] == 0:
         nothing = jnp.zeros((0,), jnp.int32)
@@ -755,9 +832,8 @@ def topk_select(
     else:
         results = select(
             flat,
-            jnp.zeros(flat.shape[:1], jnp.int32),
-            end.reshape(-1),
-            budget.reshape(-1),
+            end=None if lengths is None else lengths.reshape(-1),
+            budget=None if isinstance(topk, int) else selection.rows_of(topk, rows).reshape(-1),
             topk=topk if isinstance(topk, int) else None,
             listed=listed,
             block_sizes=block_sizes,
