@@ -209,6 +209,7 @@ def _times(found: Timing) -> dict[str, Any]:
         "n": found.rounds,
         "calls": found.calls,
         "chain_ms": found.chain_ms,
+        "clock": found.clock,
     }
 
 
@@ -220,6 +221,7 @@ def _no_time() -> dict[str, Any]:
         "n": 0,
         "calls": 0,
         "chain_ms": None,
+        "clock": None,
         "compile_s": None,
         "share_of_limit": None,
     }

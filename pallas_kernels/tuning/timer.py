@@ -1,9 +1,10 @@
-"""Device time of a function: calls chained inside one compiled loop, so that neither launches nor the host are counted.
+"""Device time of a function, without launches and the host: on GPUs as the profiler records it, elsewhere in a chain of calls.
 
-Every call waits for the one before it by its data: before each call one element of its smallest argument is rewritten with
+See `profile` for the first. The second chains calls inside one compiled loop: every call waits for the one before it by its data: before each call one element of its smallest argument is rewritten with
 its own value plus a number that is always 0, made of the previous call's results in a way that the compiler cannot see
 through. A barrier alone would not do, as XLA drops barriers before it schedules, and independent calls then overlap. The
-links of the chain take time themselves; a chain of links without calls is timed too, and subtracted.
+links of the chain take time themselves; a chain of links without calls is timed too, and subtracted. On GPUs that is too much
+for short calls, since a link's own time is the host's, and passes while a call runs: 10 us were left of a call of 29.
 """
 
 import functools
@@ -16,11 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.core import platform
+from pallas_kernels.tuning import profile
+
 _NEVER = 0x7FAB0000  # as float32 a NaN that no arithmetic makes, as int32 beyond any index
 _INNER_S = 4e-3  # of calls between two looks of the host at the loop's counter, each of which costs some 10 us
 _MOST_INNER = 64
 _MOST_S = 6.0  # of rounds, after the first `_FEWEST_ROUNDS`
 _FEWEST_ROUNDS = 3
+_FEWEST_CALLS = 10  # that a median on the profiler is taken of
 _ATTEMPTS = 4  # with longer and longer rounds, where the host's noise drowns the difference
 
 
@@ -28,9 +33,10 @@ class Timing(NamedTuple):
     """Of one call [ms].
 
     median, p10, p90: over the rounds, without the chain's own time.
-    rounds: that were counted.
-    calls: in a round's difference.
+    rounds: that were counted; calls, on the profiler.
+    calls: in a round's difference; 1 on the profiler.
     chain_ms: of one link without a call, which was subtracted; 0 where there is no chain.
+    clock: "profiler", "chain", or "events" of another library.
     """
 
     median: float
@@ -39,16 +45,19 @@ class Timing(NamedTuple):
     rounds: int
     calls: int
     chain_ms: float
+    clock: str
 
 
-def summarise(found: Sequence[float], *, calls: int, chain_ms: float = 0.0) -> Timing:
+def summarise(
+    found: Sequence[float], *, calls: int, chain_ms: float = 0.0, clock: str = "events"
+) -> Timing:
     """Returns median and deciles of the rounds [ms]."""
     if len(found) == 1:
         low = high = found[0]
     else:
         deciles = statistics.quantiles(found, n=10, method="inclusive")
         low, high = deciles[0], deciles[-1]
-    return Timing(statistics.median(found), low, high, len(found), calls, chain_ms)
+    return Timing(statistics.median(found), low, high, len(found), calls, chain_ms, clock)
 
 
 def device_time(
@@ -58,13 +67,16 @@ def device_time(
     rounds: int = 7,
     round_ms: float = 5.0,
 ) -> Timing:
-    """Times `fn`, called on each of `inputs` in turn many times, and half as often; the difference is free of overhead.
+    """Times `fn`, called on each of `inputs` in turn many times.
+
+    In a chain that is done a second time, half as often; the difference is free of overhead.
 
     Args:
       fn: of arrays, to a tree of arrays.
       inputs: arguments of a call each; several, so that what one call leaves in the cache does not serve the next. Arrays may
         be shared, but not the smallest of a call.
-      rounds: differences taken; fewer, but at least three, where a call is slow.
+      rounds: differences taken; fewer, but at least three, where a call is slow. On the profiler, calls that last as long
+        together, and ten at least, or three where those would take more than six seconds.
       round_ms: what a difference should last at least, since the host's clock is off by some 0.05 ms.
 
     Raises:
@@ -74,6 +86,8 @@ def device_time(
     if not inputs:
         raise ValueError("inputs: got none, wanted arguments of at least one call")
     fn = fn if hasattr(fn, "lower") else jax.jit(fn)  # a compiled one is not compiled again
+    if platform.target_platform() == "gpu" and (timing := _profiled(fn, inputs, rounds * round_ms)):
+        return timing
     place = min(range(len(inputs[0])), key=lambda i: inputs[0][i].size)
     touched = tuple(arguments[place] for arguments in inputs)
     others = tuple(
@@ -87,7 +101,7 @@ def device_time(
     while True:
         own = _empty_chain(link, inner, round_ms=round_ms)
         found, calls = _rounds(chain, touched, others, inner, rounds=rounds, round_ms=round_ms)
-        timing = summarise([one - own for one in found], calls=calls, chain_ms=own)
+        timing = summarise([one - own for one in found], calls=calls, chain_ms=own, clock="chain")
         if timing.p10 > 0 or (attempt == _ATTEMPTS and timing.median > 0):
             return timing
         if attempt == _ATTEMPTS:
@@ -96,6 +110,21 @@ def device_time(
             )
         attempt += 1
         round_ms *= 4  # the host was too busy for differences as short as these
+
+
+def _profiled(
+    fn: Callable[..., Any], inputs: Sequence[tuple[jax.Array, ...]], wanted_ms: float
+) -> Timing | None:
+    """Times calls that last `wanted_ms` in all, and some more; None where the profiler cannot tell them apart."""
+    for arguments in inputs:
+        jax.block_until_ready(fn(*arguments))
+    begin = time.perf_counter()
+    jax.block_until_ready(fn(*inputs[0]))
+    ms = 1e3 * (time.perf_counter() - begin)
+    fewest = _FEWEST_CALLS if _FEWEST_CALLS * ms < 1e3 * _MOST_S else _FEWEST_ROUNDS
+    calls = max(fewest, round(wanted_ms / ms))
+    found = profile.call_times(fn, inputs, calls=calls)
+    return None if found is None else summarise(found, calls=1, clock="profiler")
 
 
 def _chain(fn: Callable[..., Any], place: int, inner: int) -> Callable[..., jax.Array]:
