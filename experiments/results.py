@@ -1,10 +1,12 @@
-"""Rows of results: what every row must say, and how committed ones are read back."""
+"""Rows of results: what every row must say, how a run adds them to its file, and how committed ones are read back."""
 
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from jaxtopk.analysis.run_folder import jsonl
 
 # What makes a number traceable; the rest of a row belongs to its study.
 REQUIRED = ("study", "device", "platform", "versions", "commit", "command", "date", "seed", "n")
@@ -34,6 +36,14 @@ def read(folder: pathlib.Path) -> list[Row]:
             check(row, f"{path.name} line {number}")
             rows.append(row)
     return rows
+
+
+def append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Adds rows to a file at once, so that a run that ends early leaves what it has measured; returns them as read back."""
+    lines = jsonl(rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+    return list(map(json.loads, lines.splitlines()))
 
 
 def check(row: Mapping[str, Any], where: str) -> None:

@@ -9,11 +9,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ import rich.progress
 import rich.table
 import tyro
 
+from experiments import command
 from experiments.bench import peer_environment
 from jaxtopk.analysis.run_folder import RunFolder
 
@@ -53,13 +52,9 @@ class Arguments:
 
 def main() -> None:
     """Runs from the command line; bad input ends in one line and exit code 2."""
-    try:
-        run(tyro.cli(Arguments, prog="python -m experiments.bench.run"))
-    except (ValueError, FileNotFoundError, NotImplementedError, ConnectionError) as error:
-        if os.environ.get("JAXTOPK_TRACEBACK") == "1":
-            raise
-        print(f"bench: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    arguments = tyro.cli(Arguments, prog="python -m experiments.bench.run")
+    with command.bad_input_in_one_line("bench"):
+        run(arguments)
 
 
 def run(arguments: Arguments) -> list[dict]:

@@ -4,22 +4,16 @@
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
-import sys
-import time
 from typing import Any, Literal
 
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
 import tyro
 
+from experiments import command, results
 from experiments.kernel_latency.config import KernelLatencyConfig
-from jaxtopk.analysis.run_folder import RunFolder, jsonl
+from jaxtopk.analysis.run_folder import RunFolder
 from jaxtopk.commands.options import ModelOptions
 
 _PIPE_WIDTH = 170  # columns of the table where there is no terminal to ask
@@ -56,13 +50,8 @@ class Arguments:
 def main() -> None:
     """Runs from the command line; bad input ends in one line and exit code 2."""
     arguments = tyro.cli(Arguments, prog="python -m experiments.kernel_latency.run")
-    try:
+    with command.bad_input_in_one_line("kernel_latency"):
         run(arguments)
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
-        if os.environ.get("JAXTOPK_TRACEBACK") == "1":
-            raise
-        print(f"kernel_latency: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: Arguments) -> list[dict[str, Any]]:
@@ -71,7 +60,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     Raises:
       ValueError: an argument is out of its range, or nothing matches.
     """
-    begin = time.monotonic()
+    clock = command.Clock(arguments.budget_seconds)
     folder = RunFolder(arguments.out)
     folder.check()
     try:
@@ -105,9 +94,6 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
         for workload in chosen:
             print(f"{workload.group}: {workload.op}, {workload.name}")
         return []
-    deadline = (
-        float("inf") if arguments.budget_seconds is None else begin + arguments.budget_seconds
-    )
     folder.write_config(config)
 
     rates, probes = measure.probe(config)
@@ -120,25 +106,31 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
-        # At once: a run that ends early leaves what it has measured.
-        with folder.results.open("a", encoding="utf-8") as file:
-            file.write(jsonl([common | row]))
-        rows.append(json.loads(jsonl([common | row])))
-        print(f"[{time.monotonic() - begin:6.1f} s] {_progress(row)}", flush=True)
+        rows.extend(results.append(folder.results, [common | row]))
+        clock.say(_progress(row))
 
     for row in probes:
         keep(row)
     left_out = 0
     for number, workload in enumerate(chosen):
-        if time.monotonic() > deadline:
+        if clock.is_over:
             left_out = len(chosen) - number
             break
         for row in measure.rows_of(workload, config, rates):
             keep(row)
-            if time.monotonic() > deadline:
+            if clock.is_over:
                 break
     folder.write_report(report.page(config, rows))
-    _print(rows, report)
+    header, body = report.table(rows)
+    command.print_table(
+        "Latency of the kernels",
+        header,
+        body,
+        words=2,
+        caption=report.caption(rows),
+        notes=report.without_time(rows),
+        width=_PIPE_WIDTH,
+    )
     if left_out:
         print(f"out of time: {left_out} of {len(chosen)} workloads were left out")
     print(f"report: {folder.report}")
@@ -149,10 +141,7 @@ def _config(arguments: Arguments, platform: str) -> KernelLatencyConfig:
     preset = arguments.preset
     if preset == "auto":
         preset = platform if platform in ("gpu", "tpu") else "tiny"
-    names = ("groups", "implementations", "rounds", "seed")
-    changes = {
-        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
-    }
+    changes = command.given(arguments, "groups", "implementations", "rounds", "seed")
     config = getattr(KernelLatencyConfig, preset)()
     return dataclasses.replace(config, peers=arguments.peers, **changes)
 
@@ -165,24 +154,6 @@ def _progress(row: dict[str, Any]) -> str:
     if row["role"] == "probe":
         return f"{what} {times}, {row['rate'] / 1e12:.3f} T/s"
     return f"{what} {times}, limit {row['limit_ms']:.4f} ms, first call {row['compile_s']:.1f} s"
-
-
-def _print(rows: list[dict[str, Any]], report) -> None:
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=_PIPE_WIDTH)
-    header, body = report.table(rows)
-    table = rich.table.Table(title="Latency of the kernels", box=rich.box.SIMPLE_HEAD)
-    for index, name in enumerate(header):
-        table.add_column(
-            rich.markup.escape(name), justify="left" if index < 2 else "right", no_wrap=index < 2
-        )
-    for row in body:
-        table.add_row(*map(rich.markup.escape, row))
-    console.print(table)
-    console.print(report.caption(rows), style="dim", highlight=False)
-    for line in report.without_time(rows):
-        console.print(line, style="dim", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,14 @@
 
 import dataclasses
 import itertools
-import json
-import os
 import pathlib
-import sys
-import time
 from typing import Any, Literal
 
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
 import tyro
 
+from experiments import command, results
 from experiments.long_decode.config import LongDecodeConfig
-from jaxtopk.analysis.run_folder import RunFolder, jsonl
+from jaxtopk.analysis.run_folder import RunFolder
 from jaxtopk.commands.options import ModelOptions
 
 _PIPE_WIDTH = 150  # columns of the table where there is no terminal to ask
@@ -60,13 +53,8 @@ class Arguments:
 def main() -> None:
     """Runs from the command line; bad input ends in one line and exit code 2."""
     arguments = tyro.cli(Arguments, prog="python -m experiments.long_decode.run")
-    try:
+    with command.bad_input_in_one_line("long_decode"):
         run(arguments)
-    except (ValueError, FileNotFoundError, NotImplementedError, ConnectionError) as error:
-        if os.environ.get("JAXTOPK_TRACEBACK") == "1":
-            raise
-        print(f"long_decode: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: Arguments) -> list[dict[str, Any]]:
@@ -76,7 +64,7 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
       ValueError: an argument is out of its range, or no workload is left.
       FileNotFoundError, ConnectionError: the pretrained weights are not there.
     """
-    begin = time.monotonic()
+    clock = command.Clock(arguments.budget_seconds)
     folder = RunFolder(arguments.out)
     folder.check()
     ModelOptions(device=arguments.device).select_device()
@@ -84,9 +72,6 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     import jax
 
     config = _config(arguments, jax.default_backend())
-    deadline = (
-        float("inf") if arguments.budget_seconds is None else begin + arguments.budget_seconds
-    )
 
     from experiments.kernel_latency.measure import one_line, probe
     from experiments.long_decode import measure, report
@@ -103,24 +88,29 @@ def run(arguments: Arguments) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     left_out = len(config.workloads)
     for _, group in itertools.groupby(config.workloads, key=lambda workload: workload.model):
-        if time.monotonic() > deadline:
+        if clock.is_over:
             break
         for found in measure.rows_of(list(group), config, bytes_per_s=rates.read):
-            lines = jsonl([common | row for row in found])
-            # At once: a run that ends early leaves what it has measured.
-            with folder.results.open("a", encoding="utf-8") as file:
-                file.write(lines)
-            rows += map(json.loads, lines.splitlines())
+            rows += results.append(folder.results, [common | row for row in found])
             left_out -= 1
             for row in found:
-                print(f"[{time.monotonic() - begin:6.1f} s] {_progress(row)}", flush=True)
-            if time.monotonic() > deadline:
+                clock.say(_progress(row))
+            if clock.is_over:
                 break
     if left_out:
         print(f"out of time: {left_out} of {len(config.workloads)} workloads were left out")
     if rows:
         folder.write_report(report.page(config, rows))
-        _print(rows, report)
+        header, body = report.table(rows)
+        command.print_table(
+            "Decoding at long contexts",
+            header,
+            body,
+            words=1,
+            caption=report.caption(rows),
+            notes=report.failures(rows),
+            width=_PIPE_WIDTH,
+        )
         print(f"report: {folder.report}")
     return rows
 
@@ -149,10 +139,7 @@ def _config(arguments: Arguments, platform: str) -> LongDecodeConfig:
             f"models, contexts, batches: got {arguments.models}, {arguments.contexts}, {arguments.batches}, "
             f"wanted what leaves one of: {offered}"
         )
-    names = ("topk", "new_tokens", "rounds", "pretrained", "seed")
-    changes = {
-        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
-    }
+    changes = command.given(arguments, "topk", "new_tokens", "rounds", "pretrained", "seed")
     if arguments.only is not None:
         changes["attentions"] = arguments.only
     return dataclasses.replace(config, workloads=chosen, **changes)
@@ -167,24 +154,6 @@ def _progress(row: dict[str, Any]) -> str:
         f"{what} {row['ms_per_step']:.3f} ms a step ({low:.3f} to {high:.3f}), limit {row['limit_ms']:.3f} ms, "
         f"first run {row['first_seconds']:.1f} s"
     )
-
-
-def _print(rows: list[dict[str, Any]], report) -> None:
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=_PIPE_WIDTH)
-    header, body = report.table(rows)
-    table = rich.table.Table(title="Decoding at long contexts", box=rich.box.SIMPLE_HEAD)
-    for index, name in enumerate(header):
-        table.add_column(
-            rich.markup.escape(name), justify="left" if index == 0 else "right", no_wrap=index == 0
-        )
-    for line in body:
-        table.add_row(*map(rich.markup.escape, line))
-    console.print(table)
-    console.print(report.caption(rows), style="dim", highlight=False)
-    for line in report.failures(rows):
-        console.print(line, style="dim", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

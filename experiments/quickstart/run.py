@@ -5,9 +5,7 @@
 
 import dataclasses
 import math
-import os
 import pathlib
-import sys
 from typing import Literal
 
 import rich.box
@@ -16,6 +14,7 @@ import rich.progress
 import rich.table
 import tyro
 
+from experiments import command
 from experiments.quickstart.config import QuickstartConfig
 from jaxtopk.analysis.run_folder import RunFolder
 
@@ -50,13 +49,8 @@ class Arguments:
 def main() -> None:
     """Runs from the command line; bad input ends in one line and exit code 2."""
     arguments = tyro.cli(Arguments, prog="python -m experiments.quickstart.run")
-    try:
+    with command.bad_input_in_one_line("quickstart"):
         run(arguments)
-    except (ValueError, FileNotFoundError, NotImplementedError, ConnectionError) as error:
-        if os.environ.get("JAXTOPK_TRACEBACK") == "1":
-            raise
-        print(f"quickstart: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: Arguments) -> list[dict]:
@@ -235,10 +229,7 @@ def _config(arguments: Arguments, platform: str) -> QuickstartConfig:
     preset = arguments.preset
     if preset == "auto":
         preset = "cpu" if platform == "cpu" else "gpu"
-    names = ("model", "contexts", "ratios", "windows", "samples", "seed")
-    changes = {
-        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
-    }
+    changes = command.given(arguments, "model", "contexts", "ratios", "windows", "samples", "seed")
     return dataclasses.replace(getattr(QuickstartConfig, preset)(), **changes)
 
 

@@ -7,7 +7,6 @@ is the mass that its best keys do not hold, 1 - a(k), mean over rows.
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
+from experiments import command
 from experiments.topk_ratio.config import QUESTION_TASKS, StudyConfig
 from jaxtopk.analysis.correlation import Correlation, head_loss_correlation
 from jaxtopk.analysis.run_folder import RunFolder, jsonable, write_text
@@ -57,13 +57,8 @@ class Arguments:
 def main() -> None:
     """Runs from the command line; bad input ends in one line and exit code 2, a row below the bound in exit code 1."""
     arguments = tyro.cli(Arguments, prog="python -m experiments.topk_ratio.entropy")
-    try:
+    with command.bad_input_in_one_line("topk_ratio"):
         rows = run(arguments)
-    except (ValueError, FileNotFoundError, NotImplementedError, ConnectionError) as error:
-        if os.environ.get("JAXTOPK_TRACEBACK") == "1":
-            raise
-        print(f"topk_ratio: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     for row in rows:
         print(_line(row))
     broken = sum(entry["broken"] for row in rows if row["kind"] == "task" for entry in row["sets"])

@@ -5,13 +5,12 @@ pieces (`--lengths 2048 --tasks vt cwe`, `--minutes 8`) may go into one folder o
 """
 
 import dataclasses
-import os
 import pathlib
-import sys
 from typing import Any, Literal
 
 import tyro
 
+from experiments import command
 from experiments.topk_ratio.config import QUESTION_TASKS, StudyConfig
 from jaxtopk.analysis.run_folder import RunFolder, jsonl, write_text
 from jaxtopk.commands.options import ModelOptions
@@ -49,13 +48,8 @@ class Arguments:
 def main() -> None:
     """Runs from the command line; bad input ends in one line and exit code 2."""
     arguments = tyro.cli(Arguments, prog="python -m experiments.topk_ratio.run")
-    try:
+    with command.bad_input_in_one_line("topk_ratio"):
         seconds, rows = run(arguments)
-    except (ValueError, FileNotFoundError, NotImplementedError, ConnectionError) as error:
-        if os.environ.get("JAXTOPK_TRACEBACK") == "1":
-            raise
-        print(f"topk_ratio: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     print(f"{len(rows)} summary rows and a report in {arguments.out}")
 
@@ -157,10 +151,7 @@ def summarise(rows, sessions, config: StudyConfig) -> list[dict[str, Any]]:
 
 def _config(arguments: Arguments) -> StudyConfig:
     config = getattr(StudyConfig, arguments.preset)()
-    names = ("model", "tasks", "lengths", "samples", "seed")
-    changes = {
-        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
-    }
+    changes = command.given(arguments, "model", "tasks", "lengths", "samples", "seed")
     if arguments.qa is not None and arguments.tasks is None:
         changes["tasks"] = (*config.tasks, *QUESTION_TASKS)
     return dataclasses.replace(config, **changes)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from pallas_kernels.ops.lightning_indexer.block_sizes import LightningIndexerBlo
 from pallas_kernels.ops.topk_attention.block_sizes import TopKAttentionBlockSizes
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
+from pallas_kernels.tuning.shapes import CacheSizes, IndexSizes, Shape, normal
 
 type Arrays = tuple[jax.Array, ...]
 type Draw = Callable[[jax.Array, bool], Arrays]  # of a random key; True: whole numbers
@@ -101,18 +102,15 @@ class Workload:
         )
 
 
-def _numbers(rng: jax.Array, whole: bool, *shapes: tuple[int, ...], dtype: str) -> list[jax.Array]:
+def _numbers(rng: jax.Array, whole: bool, shapes: Iterable[Shape], dtype: str) -> Arrays:
     """Draws an array of each shape, small whole numbers or normal ones."""
-    keys = jax.random.split(rng, len(shapes))
-    if whole:
-        return [
-            jax.random.randint(key, shape, -2, 3, jnp.int8).astype(dtype)
-            for key, shape in zip(keys, shapes, strict=True)
-        ]
-    return [
-        jax.random.normal(key, shape, jnp.dtype(dtype))
-        for key, shape in zip(keys, shapes, strict=True)
-    ]
+    if not whole:
+        return normal(rng, shapes, dtype)
+    shapes = tuple(shapes)
+    return tuple(
+        jax.random.randint(key, shape, -2, 3, jnp.int8).astype(dtype)
+        for key, shape in zip(jax.random.split(rng, len(shapes)), shapes, strict=True)
+    )
 
 
 def select(
@@ -124,7 +122,7 @@ def select(
         if whole:
             scores = jax.random.randint(rng, (rows, keys), 0, spread).astype(dtype)
         else:
-            (scores,) = _numbers(rng, False, (rows, keys), dtype=dtype)
+            (scores,) = normal(rng, [(rows, keys)], dtype)
         return scores, jnp.full((rows,), keys, jnp.int32)
 
     def run(scores, lengths, **options):
@@ -141,97 +139,49 @@ def select(
     )
 
 
-def decode(
-    group: str,
-    *,
-    batch: int,
-    keys: int,
-    topk: int,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head: int = 128,
-    dtype: str = "bfloat16",
-) -> Workload:
+def decode(group: str, cache: CacheSizes, *, topk: int, dtype: str = "bfloat16") -> Workload:
     """`topk_decode_attention`, scope "head"."""
-
-    def draw(rng, whole):
-        cache = (batch, keys, kv_heads, head)
-        return tuple(_numbers(rng, whole, (batch, heads, head), cache, cache, dtype=dtype))
-
     return Workload(
         op="topk_decode_attention",
         group=group,
-        sizes={"B": batch, "S": keys, "N": heads, "K": kv_heads, "H": head, "k": topk},
+        sizes={"B": cache.batch, "S": cache.keys, **cache.cache_letters, "k": topk},
         dtype=dtype,
         cls=TopKDecodeBlockSizes,
-        draw=draw,
+        draw=lambda rng, whole: _numbers(rng, whole, cache.cache_shapes(), dtype),
         run=functools.partial(topk_decode_attention, topk=topk),
     )
 
 
-def attention(
-    group: str,
-    *,
-    batch: int,
-    rows: int,
-    topk: int,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head: int = 128,
-    dtype: str = "bfloat16",
-) -> Workload:
-    """`topk_attention` of whole prompts, causal."""
-
-    def draw(rng, whole):
-        prompt = (batch, rows, kv_heads, head)
-        return tuple(_numbers(rng, whole, (batch, rows, heads, head), prompt, prompt, dtype=dtype))
-
+def attention(group: str, prompt: CacheSizes, *, topk: int, dtype: str = "bfloat16") -> Workload:
+    """`topk_attention` of whole prompts, causal: as many rows as keys."""
+    shapes = prompt.cache_shapes(prompt.keys)
     return Workload(
         op="topk_attention",
         group=group,
-        sizes={"B": batch, "T": rows, "N": heads, "K": kv_heads, "H": head, "k": topk},
+        sizes={"B": prompt.batch, "T": prompt.keys, **prompt.cache_letters, "k": topk},
         dtype=dtype,
         cls=TopKAttentionBlockSizes,
-        draw=draw,
+        draw=lambda rng, whole: _numbers(rng, whole, shapes, dtype),
         run=functools.partial(topk_attention, topk=topk),
     )
 
 
 def gather(
-    group: str,
-    *,
-    batch: int,
-    rows: int,
-    keys: int,
-    slots: int,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head: int = 128,
-    dtype: str = "bfloat16",
+    group: str, cache: CacheSizes, *, rows: int, slots: int, dtype: str = "bfloat16"
 ) -> Workload:
     """`gather_attention` with full lists, one for each key/value head."""
 
     def draw(rng, whole):
         # Ascending and without repeats: a random place in each of `slots` equal parts.
-        part = keys // slots
-        places = jax.random.randint(rng, (batch, rows, kv_heads, slots), 0, part)
+        part = cache.keys // slots
+        places = jax.random.randint(rng, (cache.batch, rows, cache.kv_heads, slots), 0, part)
         lists = places + jnp.broadcast_to(part * jnp.arange(slots, dtype=jnp.int32), places.shape)
-        cache = (batch, keys, kv_heads, head)
-        floats = _numbers(rng, whole, (batch, rows, heads, head), cache, cache, dtype=dtype)
-        return (*floats, lists)
+        return *_numbers(rng, whole, cache.cache_shapes(rows), dtype), lists
 
     return Workload(
         op="gather_attention",
         group=group,
-        sizes={
-            "B": batch,
-            "T": rows,
-            "S": keys,
-            "N": heads,
-            "K": kv_heads,
-            "H": head,
-            "k": slots,
-        },
+        sizes={"B": cache.batch, "T": rows, "S": cache.keys, **cache.cache_letters, "k": slots},
         dtype=dtype,
         cls=GatherAttentionBlockSizes,
         draw=draw,
@@ -240,28 +190,19 @@ def gather(
 
 
 def indexer(
-    op: str,
-    group: str,
-    *,
-    batch: int,
-    rows: int,
-    keys: int,
-    topk: int = 0,
-    heads: int = 64,
-    head: int = 128,
-    dtype: str = "bfloat16",
+    op: str, group: str, index: IndexSizes, *, rows: int, topk: int = 0, dtype: str = "bfloat16"
 ) -> Workload:
     """`indexer_scores` or `indexer_select`, causal."""
+    query, key, weights = index.index_shapes(rows)
 
     def draw(rng, whole):
-        query, key = _numbers(
-            rng, whole, (batch, rows, heads, head), (batch, keys, head), dtype=dtype
+        return (
+            *_numbers(rng, whole, (query, key), dtype),
+            *_numbers(jax.random.fold_in(rng, 1), whole, (weights,), "float32"),
         )
-        fold = jax.random.fold_in(rng, 1)
-        return query, key, *_numbers(fold, whole, (batch, rows, heads), dtype="float32")
 
     select = op == "indexer_select"
-    sizes = {"B": batch, "T": rows, "S": keys, "I": heads, "D": head}
+    sizes = {"B": index.batch, "T": rows, "S": index.keys, **index.index_letters}
     return Workload(
         op=op,
         group=group,
@@ -277,7 +218,7 @@ def neighbours(group: str, *, batch: int, rows: int, keys: int, wanted: int) -> 
     """`knn_indices` in the plane."""
 
     def draw(rng, whole):
-        drawn = _numbers(rng, False, (batch, rows, 2), (batch, keys, 2), dtype="float32")
+        drawn = normal(rng, [(batch, rows, 2), (batch, keys, 2)], "float32")
         places = [100 * x for x in drawn]  # [m]
         return tuple(jnp.round(x) if whole else x for x in places)
 
@@ -292,18 +233,22 @@ def neighbours(group: str, *, batch: int, rows: int, keys: int, wanted: int) -> 
     )
 
 
-_TINY = {"heads": 4, "kv_heads": 2, "head": 16, "dtype": "float32"}
+_TINY = {"heads": 4, "kv_heads": 2, "head_size": 16}
+_TINY_INDEX = IndexSizes(batch=1, keys=40, index_heads=3, index_size=8)
 
 WORKLOADS: tuple[Workload, ...] = (
     *(
-        decode("decode", batch=batch, keys=keys, topk=2048)
+        decode("decode", CacheSizes(batch=batch, keys=keys), topk=2048)
         for batch, keys in ((8, 131_072), (1, 131_072), (1, 1_048_576), (8, 32_768), (32, 8192))
     ),
     *(
-        gather("decode", batch=batch, rows=1, keys=131_072, slots=2048) for batch in (8, 1)
+        gather("decode", CacheSizes(batch=batch, keys=131_072), rows=1, slots=2048)
+        for batch in (8, 1)
     ),
     *(
-        indexer("indexer_select", "decode", batch=batch, rows=1, keys=131_072, topk=2048)
+        indexer(
+            "indexer_select", "decode", IndexSizes(batch=batch, keys=131_072), rows=1, topk=2048
+        )
         for batch in (8, 1)
     ),
     *(
@@ -317,21 +262,19 @@ WORKLOADS: tuple[Workload, ...] = (
             (8, 131_072, 2048),
         )
     ),
-    indexer("indexer_select", "prefill", batch=1, rows=4096, keys=4096, topk=2048),
-    indexer("indexer_scores", "prefill", batch=1, rows=4096, keys=4096),
-    gather("prefill", batch=1, rows=512, keys=32_768, slots=2048),
-    attention("prefill", batch=1, rows=4096, topk=512),
+    indexer("indexer_select", "prefill", IndexSizes(batch=1, keys=4096), rows=4096, topk=2048),
+    indexer("indexer_scores", "prefill", IndexSizes(batch=1, keys=4096), rows=4096),
+    gather("prefill", CacheSizes(batch=1, keys=32_768), rows=512, slots=2048),
+    attention("prefill", CacheSizes(batch=1, keys=4096), topk=512),
     neighbours("motion", batch=8, rows=768, keys=768, wanted=16),
     select("tiny", rows=3, keys=1500, topk=7),
-    decode("tiny", batch=2, keys=200, topk=5, **_TINY),
-    attention("tiny", batch=2, rows=40, topk=5, **_TINY),
-    gather("tiny", batch=1, rows=9, keys=40, slots=5, **_TINY),
-    indexer("indexer_scores", "tiny", batch=1, rows=9, keys=40, heads=3, head=8, dtype="float32"),
-    indexer(
-        "indexer_select", "tiny", batch=1, rows=9, keys=40, heads=3, head=8, topk=4, dtype="float32"
-    ),
+    decode("tiny", CacheSizes(batch=2, keys=200, **_TINY), topk=5, dtype="float32"),
+    attention("tiny", CacheSizes(batch=2, keys=40, **_TINY), topk=5, dtype="float32"),
+    gather("tiny", CacheSizes(batch=1, keys=40, **_TINY), rows=9, slots=5, dtype="float32"),
+    indexer("indexer_scores", "tiny", _TINY_INDEX, rows=9, dtype="float32"),
+    indexer("indexer_select", "tiny", _TINY_INDEX, rows=9, topk=4, dtype="float32"),
     neighbours("tiny", batch=2, rows=9, keys=40, wanted=4),
-)  # fmt: skip
+)
 
 
 def chosen(*, ops: Sequence[str] = (), workloads: Sequence[str] = ()) -> tuple[Workload, ...]:

@@ -1,8 +1,11 @@
 """Lowers and compiles for a Hopper GPU on a machine that has none."""
 
 import importlib.util
+import re
+import shutil
 
 import jax
+import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
@@ -29,6 +32,16 @@ def cuda_plugin_is_missing() -> bool:
     return importlib.util.find_spec("jax_cuda13_plugin") is None
 
 
+def needs_compiler(test):
+    """Skips a test where `compile_gpu` would not work."""
+    for missing, reason in (
+        (cuda_plugin_is_missing(), "needs JAX's CUDA plugin"),
+        (shutil.which("ptxas") is None, "needs ptxas on the path"),
+    ):
+        test = pytest.mark.skipif(missing, reason=reason)(test)
+    return test
+
+
 def abstract_gpu(device_kind: str = "NVIDIA H200"):
     """Returns a context in which a trace is for one GPU of this kind; needs no plugin."""
     device = AbstractDevice(device_kind=device_kind, num_cores=132, platform="gpu")
@@ -47,3 +60,18 @@ def compile_gpu(fn, *specs: jax.ShapeDtypeStruct):
     sharding = SingleDeviceSharding(topology.devices[0])
     placed = [jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding) for spec in specs]
     return lower_gpu(fn, *placed).compile()
+
+
+def compile_without_spills(fn, *specs: jax.ShapeDtypeStruct, monkeypatch, capfd):
+    """Compiles `fn` as `compile_gpu` does, and checks that no kernel of it keeps registers in memory.
+
+    Args:
+      monkeypatch, capfd: the test's fixtures; the compiler prints what it did.
+    """
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    compiled = compile_gpu(fn, *specs)
+    report = "".join(capfd.readouterr())
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    assert spilled, report
+    assert not any(spilled), report
+    return compiled

@@ -5,8 +5,6 @@ sequence has a valid token; table entries past a length are no page at all. So o
 """
 
 import functools
-import re
-import shutil
 
 import hypothesis
 import hypothesis.strategies as st
@@ -526,17 +524,11 @@ def test_paged_kernels_lower_for_a_hopper_gpu(case):
     assert "mosaic_gpu" in gpu_aot.lower_gpu(fn, *specs).as_text()
 
 
-@pytest.mark.skipif(gpu_aot.cuda_plugin_is_missing(), reason="needs JAX's CUDA plugin")
-@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas on the path")
+@gpu_aot.needs_compiler
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
 def test_paged_kernels_compile_without_spills_and_copy_no_cache(case, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    fn, query, key, *rest = case
-    compiled = gpu_aot.compile_gpu(fn, query, key, *rest)
-    report = "".join(capfd.readouterr())
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    assert spilled, report
-    assert not any(spilled), report
+    compiled = gpu_aot.compile_without_spills(*case, monkeypatch=monkeypatch, capfd=capfd)
     # Rows of scores, and lists.
-    pool = key.size * key.dtype.itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < pool / 4
+    _, _, pool, *_ = case
+    allowed = pool.size * pool.dtype.itemsize / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < allowed

@@ -13,28 +13,36 @@ import pallas_kernels
 from pallas_kernels.core import block_sizes
 from pallas_kernels.tuning import __main__ as command
 from pallas_kernels.tuning import search, tables, timer, workloads
+from pallas_kernels.tuning.shapes import CacheSizes, IndexSizes
 from pallas_kernels.tuning.timer import Timing
 
-BF16 = {"heads": 4, "kv_heads": 2, "head": 64, "dtype": "bfloat16"}
-INDEX = {"batch": 1, "rows": 4, "keys": 1024, "heads": 8, "head": 64}
+
+def cache(**sizes):
+    return CacheSizes(heads=4, kv_heads=2, head_size=64, **sizes)
+
+
+def indexer(op, **options):
+    index = IndexSizes(batch=1, keys=1024, index_heads=8, index_size=64)
+    return workloads.indexer(op, "tiny", index, rows=4, **options)
+
 
 # A workload, an implementation, and sizes that the heuristic does not choose.
 LOOKUPS = {
     "topk_select-gpu": (workloads.select("tiny", rows=3, keys=1500, topk=7), "mosaic_gpu", {"block_s": 512}),
     "topk_select-gpu-split": (workloads.select("tiny", rows=2, keys=40_000, topk=7), "mosaic_gpu", {"num_splits": 3}),
-    "decode-gpu": (workloads.decode("tiny", batch=2, keys=600, topk=300, **BF16), "mosaic_gpu", {"num_splits": 2}),
-    "decode-gpu-lists": (workloads.decode("tiny", batch=2, keys=600, topk=300, **BF16), "mosaic_gpu", {"list_splits": 2}),
-    "gather-gpu": (workloads.gather("tiny", batch=1, rows=1, keys=900, slots=300, **BF16), "mosaic_gpu", {"num_splits": 2}),
-    "indexer_scores-gpu": (workloads.indexer("indexer_scores", "tiny", **INDEX), "mosaic_gpu", {"block_q": 2}),
-    "indexer_select-gpu": (workloads.indexer("indexer_select", "tiny", topk=9, **INDEX), "mosaic_gpu", {"num_splits": 3}),
+    "decode-gpu": (workloads.decode("tiny", cache(batch=2, keys=600), topk=300), "mosaic_gpu", {"num_splits": 2}),
+    "decode-gpu-lists": (workloads.decode("tiny", cache(batch=2, keys=600), topk=300), "mosaic_gpu", {"list_splits": 2}),
+    "gather-gpu": (workloads.gather("tiny", cache(batch=1, keys=900), rows=1, slots=300), "mosaic_gpu", {"num_splits": 2}),
+    "indexer_scores-gpu": (indexer("indexer_scores"), "mosaic_gpu", {"block_q": 2}),
+    "indexer_select-gpu": (indexer("indexer_select", topk=9), "mosaic_gpu", {"num_splits": 3}),
     "topk_select-tpu": (workloads.select("tiny", rows=20, keys=300, topk=7), "mosaic_tpu", {"block_rows": 8}),
-    "decode-tpu": (workloads.decode("tiny", batch=2, keys=600, topk=9, **BF16), "mosaic_tpu", {"block_kv": 128}),
-    "indexer_select-tpu": (workloads.indexer("indexer_select", "tiny", topk=9, **INDEX), "mosaic_tpu", {"block_kv": 256}),
+    "decode-tpu": (workloads.decode("tiny", cache(batch=2, keys=600), topk=9), "mosaic_tpu", {"block_kv": 128}),
+    "indexer_select-tpu": (indexer("indexer_select", topk=9), "mosaic_tpu", {"block_kv": 256}),
     "knn-tpu": (workloads.neighbours("tiny", batch=1, rows=20, keys=40, wanted=4), "mosaic_tpu", {"block_q": 8}),
-    "topk_attention-xla": (workloads.attention("tiny", batch=1, rows=40, topk=5), "xla", {"block_q": 8}),
-    "gather-xla": (workloads.gather("tiny", batch=1, rows=9, keys=40, slots=5, **BF16), "xla", {"block_q": 2}),
-    "indexer_scores-xla": (workloads.indexer("indexer_scores", "tiny", **INDEX), "xla", {"block_q": 2}),
-    "indexer_select-xla": (workloads.indexer("indexer_select", "tiny", topk=9, **INDEX), "xla", {"block_q": 2}),
+    "topk_attention-xla": (workloads.attention("tiny", CacheSizes(batch=1, keys=40), topk=5), "xla", {"block_q": 8}),
+    "gather-xla": (workloads.gather("tiny", cache(batch=1, keys=40), rows=9, slots=5), "xla", {"block_q": 2}),
+    "indexer_scores-xla": (indexer("indexer_scores"), "xla", {"block_q": 2}),
+    "indexer_select-xla": (indexer("indexer_select", topk=9), "xla", {"block_q": 2}),
     "knn-xla": (workloads.neighbours("tiny", batch=2, rows=9, keys=40, wanted=4), "xla", {"block_q": 2}),
 }  # fmt: skip
 
@@ -152,7 +160,7 @@ def clock(monkeypatch):
         sizes = fn.__wrapped__.keywords["block_sizes"]
         jax.block_until_ready(fn(*inputs[0]))
         ms = times[sizes.block_q]
-        return Timing(ms, ms, ms, 3, 8, 0.0)
+        return Timing(ms, ms, ms, 3, 8, 0.0, "chain")
 
     monkeypatch.setattr(timer, "device_time", device_time)
     return times
