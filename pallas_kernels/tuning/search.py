@@ -1,8 +1,8 @@
 """Search of one workload's block sizes: one choice after the other, each candidate checked and then timed.
 
 The search starts with the heuristic's sizes and goes through the choices once, in order; for each it tries the values, which
-ascend, with the best of the choices before, and leaves the rest out after two in a row that are slower than the best of its own
-by more than a fifth. Sizes that give a program that was timed before, as more parts than there are tiles do, are not timed
+ascend, with the best of the choices before: from the middle one upwards and then downwards, each way until two in a row are no
+faster than the best of its own. Sizes that give a program that was timed before, as more parts than there are tiles do, are not timed
 again. A candidate replaces the best one only if it is faster by more than `_MARGIN`, and in the end has to be so once more,
 timed together with the heuristic: else the heuristic stays, and the entry holds no size.
 
@@ -28,7 +28,7 @@ from pallas_kernels.tuning.timer import Timing
 from pallas_kernels.tuning.workloads import Workload
 
 _MARGIN = 0.03
-_MUCH = 1.2
+_SLOWER = 2  # values in a row that are no faster, after which a direction is left
 _BEYOND_CACHE = (
     1 << 28
 )  # bytes of arguments, so that a call finds nothing of the last one's in the cache
@@ -109,22 +109,23 @@ def search(
     sizes: Sizes = {}
     complete = True
     for name, values in choices.items():
-        fixed, least, slower = sizes, float("inf"), 0
-        for value in values:
-            complete = complete and not stop()
-            if not complete:
-                break
-            candidate = fixed | {name: value}
-            timing = trials.time(candidate)
-            on_candidate(candidate, _ms(timing), best.median)
-            if timing is None:
-                continue
-            if timing.median < (1 - _MARGIN) * best.median:
-                sizes, best = candidate, timing
-            slower = slower + 1 if timing.median > _MUCH * least else 0
-            least = min(least, timing.median)
-            if slower == 2:
-                break
+        fixed, least = sizes, float("inf")
+        middle = len(values) // 2
+        for direction in (values[middle:], values[:middle][::-1]):
+            slower = 0
+            for value in direction:
+                complete = complete and not stop()
+                if not complete or slower == _SLOWER:
+                    break
+                candidate = fixed | {name: value}
+                timing = trials.time(candidate)
+                on_candidate(candidate, _ms(timing), best.median)
+                if timing is None:
+                    continue
+                if timing.median < (1 - _MARGIN) * best.median:
+                    sizes, best = candidate, timing
+                slower = 0 if timing.median < least else slower + 1
+                least = min(least, timing.median)
     if sizes:
         heuristic, best = trials.again({}), trials.again(sizes)
         if best.median >= (1 - _MARGIN) * heuristic.median:

@@ -180,13 +180,21 @@ def test_the_fastest_candidate_wins_if_it_is_clearly_faster(clock):
     assert found.key == search.key_of(KNN, "xla")
 
 
-def test_values_that_grow_only_slower_are_not_tried(clock, monkeypatch):
-    monkeypatch.setitem(workloads.CHOICES, ("knn_indices", "xla"), {"block_q": (1, 2, 4, 8)})
-    clock |= {1: 5.0, 2: 6.5, 4: 7.0, 8: 1.0}
-    found = searched()
-    assert (found.sizes, found.tried) == ({"block_q": 1}, 4)
-    clock[2] = 5.5
-    assert searched().sizes == {"block_q": 8}
+def test_a_search_leaves_a_direction_after_two_values_that_are_no_faster(clock, monkeypatch):
+    values = (1, 2, 3, 4, 5, 6, 7)
+    monkeypatch.setitem(workloads.CHOICES, ("knn_indices", "xla"), {"block_q": values})
+    clock |= {4: 5.0, 5: 5.0, 6: 6.0, 7: 1.0, 3: 4.0, 2: 4.5, 1: 2.0}
+    told = []
+    found = search.search(
+        KNN,
+        "xla",
+        search.key_of(KNN, "xla"),
+        on_candidate=lambda sizes, *_: told.append(sizes.get("block_q")),
+    )
+    assert told == [None, 4, 5, 6, 3, 2, 1]
+    assert found.sizes == {"block_q": 1}
+    clock |= {6: 4.9}
+    assert searched().sizes == {"block_q": 7}
 
 
 def test_a_win_that_does_not_happen_again_is_none(clock, monkeypatch):
@@ -298,12 +306,12 @@ def test_time_out_leaves_workloads_out(clock, tuned, capsys):
 def test_a_search_that_is_out_of_time_files_the_best_until_then_and_is_made_again(
     clock, tuned, capsys, monkeypatch
 ):
-    clock[4], clock[2] = 5.0, 1.0
+    clock[4], clock[8] = 5.0, 1.0
     now = [0.0]
     monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
     on_candidate = command._Progress.candidate
 
-    def tick(self, *told):  # a second each: the heuristic, 8 and 4, and then time is over
+    def tick(self, *told):  # a second each: the heuristic, 4 and 2, and then time is over
         now[0] += 1.0
         on_candidate(self, *told)
 
@@ -316,7 +324,7 @@ def test_a_search_that_is_out_of_time_files_the_best_until_then_and_is_made_agai
     (entry,) = block_sizes.read_table(tuned / "cpu" / "knn_indices.json").values()
     assert (entry["block_sizes"], entry["complete"]) == ({"block_q": 4}, False)
     code, out, _ = tune(capsys, *arguments[:-1], "100")
-    assert "block_q 2, 1000 us" in out
+    assert "block_q 8, 1000 us" in out
     assert "not complete" not in out
     assert "in the table" in tune(capsys, *arguments)[1]
 
