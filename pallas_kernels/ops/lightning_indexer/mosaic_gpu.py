@@ -226,7 +226,7 @@ def indexer_select(
     s = index_key.shape[1]
     sizes = _sizes("indexer_select", index_query, index_key, block_sizes)
     end = _ends(index_query, index_key, causal, lengths)
-    budget = selection.rows_of(topk, (b, t))
+    budget = None if isinstance(topk, int) else selection.rows_of(topk, (b, t))
     size = min(topk, s) if isinstance(topk, int) else None
     listed = ("indices",) if with_indices else ()
 
@@ -237,9 +237,8 @@ def indexer_select(
         scores = _scores(query, index_key, weights, end, sizes).reshape(b * rows, s)
         found = topk_select.select(
             scores,
-            jnp.zeros((b * rows,), jnp.int32),
-            end.reshape(-1),
-            budget.reshape(-1),
+            end=end.reshape(-1),
+            budget=None if budget is None else budget.reshape(-1),
             topk=size,
             listed=listed,
         )
@@ -258,7 +257,8 @@ def indexer_select(
             return jnp.swapaxes(x.reshape(b, chunks, chunk, *x.shape[2:]), 0, 1)
 
         found = lax.map(
-            lambda xs: select(*xs), tuple(map(split, (index_query, head_weights, end, budget)))
+            lambda xs: select(*xs),
+            jax.tree.map(split, (index_query, head_weights, end, budget)),
         )
         found = tuple(
             jnp.swapaxes(x, 0, 1).reshape(b, chunks * chunk, *x.shape[3:])[:, :t] for x in found
