@@ -8,8 +8,8 @@ a core issues in one cycle), and the spills of vector and of scalar registers, i
 check fails on 5 % more bundles, in all or in those loops, on any new spill in those loops, and on more temporaries.
 
 **Bundle counts are not time.** Every branch counts, a loop counts once however often it runs, and waiting for copies does not
-count. They show that a kernel has grown or begun to spill, and nothing else. The dumps belong to libtpu, go to a temporary
-folder, and are deleted.
+count. They show that a kernel has grown or begun to spill, and nothing else. Of a workload of two kernels, the row is their
+sum. The dumps belong to libtpu, go to a temporary folder, and are deleted.
 """
 
 import argparse
@@ -99,6 +99,15 @@ def workloads() -> dict[str, tuple[Callable, Sequence]]:
         options = dict(topk=topk, lengths=lengths, page_table=table)
         return pk.topk_decode_attention(query, key, value, **options, **on_tpu)
 
+    def decode_by_copy(query, key, value, lengths, values, scale, error):
+        copy = pk.QuantizedKeys(values, scale, error)
+        options = dict(topk=topk, lengths=lengths, quantized_key=copy)
+        return pk.topk_decode_attention(query, key, value, **options, **on_tpu)
+
+    def copy_of(dtype):
+        numbers = spec(cache.shape[:3], f32)
+        return spec(cache.shape, dtype), numbers, numbers
+
     def gather(query, key, value, indices, table=None):
         return pk.gather_attention(query, key, value, indices, page_table=table, **on_tpu)
 
@@ -118,6 +127,14 @@ def workloads() -> dict[str, tuple[Callable, Sequence]]:
         ),
         "topk_decode_attention 8x131072": (decode, (query, cache, cache, lengths)),
         "topk_decode_attention 8x131072 paged": (decode, (query, pool, pool, lengths, table)),
+        "topk_decode_attention 8x131072 int8": (
+            decode_by_copy,
+            (query, cache, cache, lengths, *copy_of(jnp.int8)),
+        ),
+        "topk_decode_attention 8x131072 float8": (
+            decode_by_copy,
+            (query, cache, cache, lengths, *copy_of(jnp.float8_e4m3fn)),
+        ),
         "gather_attention 8x131072 layer": (gather, (rows, cache, cache, lists(1))),
         "gather_attention 8x131072 group": (gather, (rows, cache, cache, lists(k))),
         "gather_attention 8x131072 head": (gather, (rows, cache, cache, lists(n))),
@@ -145,16 +162,19 @@ def _compile(names: Sequence[str], chip: str) -> list[dict]:
         compiled = aot.compile_tpu(function, *arguments, chip=chip)
         text = compiled.as_text()
         kernels = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)
-        if len(kernels) != 1:
-            raise RuntimeError(f"{name} on {chip}: got kernels {kernels}, wanted one")
-        [schedule] = dump.glob(f"*-{kernels[0]}-*-final_bundles.txt")
+        if not kernels:
+            raise RuntimeError(f"{name} on {chip}: got no kernel, wanted one")
+        schedules = []
+        for kernel in kernels:
+            [schedule] = dump.glob(f"*-{kernel}-*-final_bundles.txt")
+            schedules.append(dataclasses.asdict(read_schedule(schedule.read_text())))
         memory = compiled.memory_analysis()
         result.append(
             {
                 "workload": name,
                 "chip": chip,
-                "kernel": kernels[0].rsplit(".", 1)[0],
-                **dataclasses.asdict(read_schedule(schedule.read_text())),
+                "kernel": " + ".join(kernel.rsplit(".", 1)[0] for kernel in kernels),
+                **{column: sum(x[column] for x in schedules) for column in schedules[0]},
                 "code_bytes": memory.generated_code_size_in_bytes,
                 "temporary_bytes": memory.temp_size_in_bytes,
             }

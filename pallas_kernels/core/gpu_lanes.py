@@ -4,7 +4,8 @@ Pallas on GPUs moves whole vectors: it can neither read at computed places nor p
 need instructions of single lanes (warp votes, predicated stores), which `inline_mgpu` reaches. The interpreter does not know
 those, so each function here takes `interpreted` and then computes the same by plain operations on whole references.
 
-All functions are for one warpgroup of 128 lanes and vectors in `plgpu.Layout.WG_STRIDED`.
+All functions are for one warpgroup of 128 lanes and, but for rows and columns of `plgpu.Layout.WGMMA`, vectors in
+`plgpu.Layout.WG_STRIDED`.
 """
 
 import functools
@@ -282,8 +283,9 @@ def _sum_below(value, lanes: int):
             return_value_and_is_valid=True,
             results=[both],
         )
-        lower, has_lower = llvm.extractvalue(i32, moved, [0]), llvm.extractvalue(
-            ir.IntegerType.get_signless(1), moved, [1]
+        lower, has_lower = (
+            llvm.extractvalue(i32, moved, [0]),
+            llvm.extractvalue(ir.IntegerType.get_signless(1), moved, [1]),
         )
         value = arith.select(has_lower, arith.addi(value, lower), value)
         distance *= 2
@@ -293,9 +295,7 @@ def _sum_below(value, lanes: int):
 def _pick(value, lane):
     """Returns what a lane of the warp holds."""
     i32 = ir.IntegerType.get_signless(32)
-    return nvvm.shfl_sync(
-        _c(_EVERY_LANE), value, lane, _c(31), nvvm.ShflKind.idx, results=[i32]
-    )
+    return nvvm.shfl_sync(_c(_EVERY_LANE), value, lane, _c(31), nvvm.ShflKind.idx, results=[i32])
 
 
 def check_table(op: str, name: str, array) -> None:
@@ -464,13 +464,14 @@ def dot_rows(queries, table, places, scores, size: int, *, interpreted: bool) ->
     dot(queries, table, places, scores)
 
 
-def gather_rows(table, places, tile, *, interpreted: bool) -> None:
-    """Copies table[places[i]] to row i of a tile in shared memory that tensor cores read; `plgpu.commit_smem` is to follow.
+def gather_rows(table, places, tile, *, transforms: tuple, interpreted: bool) -> None:
+    """Copies table[places[i]] to row i of a tile in shared memory; `plgpu.commit_smem` is to follow.
 
     Args:
-      table: as for `add_rows`, of two bytes an element and a width that is a multiple of 64.
+      table: as for `add_rows`, of two bytes an element; with transforms, of a width that is a multiple of 64.
       places: int32 [rows] in shared memory, all of them inside the table.
-      tile: [rows, width] in shared memory, with the transforms of `swizzled`; rows a multiple of `rows_at_once`.
+      tile: [rows, width] in shared memory; rows a multiple of `rows_at_once`.
+      transforms: of the tile: those of `swizzled`, as tensor cores read it, or none, row after row.
     """
     size, width = tile.shape
     vector, together = row_vector(table.dtype), rows_at_once(width, table.dtype)
@@ -478,9 +479,7 @@ def gather_rows(table, places, tile, *, interpreted: bool) -> None:
         tile[...] = table[...][places[...]]
         return
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(swizzled(table.dtype)))
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(transforms)))
     def copy(ctx, table, places, tile):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
@@ -493,6 +492,10 @@ def gather_rows(table, places, tile, *, interpreted: bool) -> None:
         of_lane = arith.addi(arith.muli(across, _c(8 * _SWIZZLE)), inside)
         for rows in _read_rows(table, places, size, together, vector):
             for index, register in rows:
+                if not transforms:
+                    at = arith.addi(begin, arith.addi(arith.muli(index, _c(2 * width)), byte))
+                    llvm.store(register, llvm.inttoptr(pointer, at), alignment=16)
+                    continue
                 down = arith.muli(arith.shrui(index, _c(3)), _c(16 * width))
                 row = arith.muli(arith.andi(index, _c(7)), _c(_SWIZZLE))
                 at = arith.addi(begin, arith.addi(of_lane, arith.addi(down, row)))
@@ -507,6 +510,71 @@ def swizzled(dtype) -> tuple:
     """The transforms of a tile in shared memory that tensor cores read, its width a multiple of 128 bytes."""
     tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
     return tiling, plgpu.SwizzleTransform(_SWIZZLE)
+
+
+def read_tokens(
+    pools: Sequence,
+    page_table,
+    sequence,
+    head,
+    begin,
+    first,
+    last,
+    size: int,
+    *,
+    interpreted: bool,
+) -> list:
+    """Reads the numbers of neighbouring tokens of one sequence and head from pools of pages.
+
+    Args:
+      pools: float32 [P, page, K] each, in global memory.
+      page_table: int32 [B, pages] in global memory.
+      sequence, head, begin: int32 scalars, the last one the first token.
+      first, last: int32 scalars, the pages of the sequence that may be read; tokens outside get numbers of the nearest.
+      size: tokens, a multiple of 64.
+
+    Returns:
+      [size] for each pool, laid out as the rows of `plgpu.Layout.WGMMA`.
+    """
+    _, page, heads = pools[0].shape
+    if interpreted:
+        token = begin + lax.iota(jnp.int32, size)
+        pages = page_table[...][sequence, jnp.clip(lax.div(token, page), first, last)]
+        return [pool[...][pages, lax.rem(token, page), head] for pool in pools]
+    layout, count = plgpu.Layout.WGMMA.reduce(1), len(pools)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[plgpu.RefType()] * (count + 1), *[_SCALAR] * 5),
+        return_type=(plgpu.ShapeDtypeStruct((size,), _FLOAT32, layout=layout),) * count,
+    )
+    def read(ctx, *args):
+        del ctx
+        pools, page_table = args[:count], args[count]
+        sequence, head, begin, first, last = (x.registers.item() for x in args[count + 1 :])
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        element = ir.VectorType.get((1,), ir.F32Type.get())
+        (table_pitch, _), _ = ir.MemRefType(page_table.type).get_strides_and_offset()
+        entries = arith.muli(sequence, _c(table_pitch))
+        bases = [mgpu.utils.memref_ptr(pool) for pool in pools]
+        tiled = layout.to_mgpu()
+        registers = [np.empty(tiled.registers_shape((size,)), object) for _ in pools]
+        places = np.ndindex(registers[0].shape)
+        for place, (row,) in zip(places, tiled.thread_idxs((size,)), strict=True):
+            token = arith.addi(begin, arith.index_cast(i32, row))
+            entry = arith.shrui(token, _c(page.bit_length() - 1))
+            entry = arith.maxsi(first, arith.minsi(last, entry))
+            number = arith.extsi(i64, _load(page_table, arith.addi(entries, entry)))
+            inside = arith.muli(arith.andi(token, _c(page - 1)), _c(heads))
+            # Of 64 bits: a pool may hold more numbers than int32 counts.
+            at = arith.muli(number, mgpu.c(page * heads, i64))
+            at = arith.addi(at, arith.extsi(i64, arith.addi(inside, head)))
+            for of_pool, base in zip(registers, bases, strict=True):
+                of_pool[place] = llvm.load(element, mgpu.utils.getelementptr(base, [at], element))
+        return tuple(
+            mgpu.FragmentedArray(_registers=x, _layout=tiled, _is_signed=None) for x in registers
+        )
+
+    return list(read(*pools, page_table, sequence, head, begin, first, last))
 
 
 def _read_rows(table, places, size: int, together: int, vector: int):

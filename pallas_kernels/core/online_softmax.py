@@ -40,17 +40,6 @@ def divide(acc: Float[Array, "... V"], total: Float[Array, "..."]) -> Float[Arra
     return jnp.where(empty, 0, acc / jnp.where(empty, 1, total[..., None]))
 
 
-def merge_splits(
-    acc: Float[Array, "P ... V"], m: Float[Array, "P ..."], total: Float[Array, "P ..."]
-):
-    """Adds up pieces that were not divided yet (axis 0), each scaled by exp of its own max; returns (out, lse)."""
-    largest = jnp.max(m, axis=0)
-    factor = jnp.where(m == -jnp.inf, 0, jnp.exp(m - finite_max(largest)[None]))
-    acc = jnp.sum(factor[..., None] * acc, axis=0)
-    total = jnp.sum(factor * total, axis=0)
-    return divide(acc, total), log_sum_exp(largest, total)
-
-
 def weigh_values(
     equation: str, p: Float[Array, "..."], kept: Bool[Array, "..."], value: Float[Array, "..."]
 ):

@@ -53,10 +53,10 @@ def quantize_keys(key: Float[Array, "*rows H"], dtype: str = "int8") -> Quantize
     # In units of the scale, in which no square underflows or overflows.
     ratio = exact / jnp.where(tiny, 1.0, scale)[..., None]
     if dtype == "int8":
-        values = jnp.clip(jnp.round(ratio), -127, 127).astype(jnp.int8)
+        rounded = jnp.clip(jnp.round(ratio), -127, 127)
     else:
-        values = jnp.clip(ratio, -448.0, 448.0).astype(dtype)
-    lost = ratio - values.astype(jnp.float32)
+        rounded = _to_e4m3(jnp.clip(ratio, -448.0, 448.0))
+    values, lost = rounded.astype(dtype), ratio - rounded
     # Each step above and below rounds by at most 2^-22 of the key; the sum of H squares by H times 2^-24.
     length = lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1))
     error = scale * (length(lost) * (1 + 2.0**-12) + length(ratio) * 2.0**-20)
@@ -64,6 +64,20 @@ def quantize_keys(key: Float[Array, "*rows H"], dtype: str = "int8") -> Quantize
     return QuantizedKeys(
         values, jnp.where(finite, scale, jnp.nan), jnp.where(finite, error, jnp.inf)
     )
+
+
+def _to_e4m3(x):
+    """Rounds float32 of at most 448 to the nearest float8_e4m3fn.
+
+    Not by a conversion there and back: XLA may leave out such pairs, so that nothing would seem to be lost.
+    """
+    steps = jnp.round(x * 2.0**9) * 2.0**-9  # below 2^-6 all steps are of one size
+    return jnp.where(jnp.abs(x) < 2.0**-6, steps, lax.reduce_precision(x, 5, 3))
+
+
+def largest(dtype) -> float:
+    """Returns the largest number that a copy of this dtype holds."""
+    return _LARGEST[jnp.dtype(dtype).name]
 
 
 def check(op: str, quantized, key) -> QuantizedKeys:

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
-from pallas_kernels.core import interpret
+from pallas_kernels.core import gpu_merge, interpret
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 from pallas_kernels.ops.topk_select import mosaic_gpu as select_gpu
 from pallas_kernels.ops.topk_select import reference as select_reference
@@ -182,6 +182,28 @@ def test_select_lists_indices_of_short_rows_with_any_leading_axes():
         jax.block_until_ready(got)
     wanted = pallas_kernels.topk_select(scores, 6, lengths=lengths, implementation="reference")
     assert_same_selection(got, wanted)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 37])
+def test_parts_are_merged_as_one_softmax_whatever_an_empty_part_is(splits):
+    rng = np.random.default_rng(splits)
+    m = rng.normal(0, 30, (splits, 2, 3)).astype(np.float32)
+    total = rng.uniform(0.5, 4, m.shape).astype(np.float32)
+    acc = rng.normal(size=(*m.shape, 128)).astype(np.float32)
+    empty = rng.random(m.shape) < 0.3
+    empty[:, 1, 2] = True  # a row that sees nothing
+    m[empty], total[empty], acc[empty] = -np.inf, 0, 0
+    with pallas_kernels.interpret_mode():
+        out, lse = gpu_merge.merge_splits(*map(jnp.asarray, (acc, m, total)), jnp.float32)
+        jax.block_until_ready(out)
+    weight = np.exp(m.astype(np.float64) - np.where(empty.all(0), 0, m.max(0)))
+    whole = (weight * total).sum(0)
+    with np.errstate(divide="ignore"):
+        wanted_lse = np.log(whole) + m.max(0)
+    wanted = (weight[..., None] * acc).sum(0) / np.where(whole == 0, 1, whole)[..., None]
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-6)
+    assert np.array_equal(np.isneginf(lse), empty.all(0))
 
 
 def whole_numbers(shape, seed: int, dtype) -> jax.Array:

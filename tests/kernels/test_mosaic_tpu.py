@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels as pk
 from pallas_kernels import testing
+from pallas_kernels.core import tpu_tiles
 from pallas_kernels.core.interpret import RaceError
 from pallas_kernels.ops.gather_attention import mosaic_tpu as gather_kernel
 from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
@@ -280,6 +281,64 @@ def test_decode_reads_no_unselected_value_and_owns_up_to_a_selected_one():
     assert np.argwhere(np.isnan(np.asarray(got_planted))).tolist() == [[0, 2, 5]]
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "dtype"),
+    [(1, "float32"), (4, "float32"), (24, "float32")]
+    + [(k, "bfloat16") for k in (2, 4, 8, 16, 24)],
+    ids=str,
+)
+def test_a_head_is_loaded_by_strides(num_heads, dtype):
+    shape, (slot, offset, size) = (2, 96, num_heads, 128), (1, 32, 48)
+    assert tpu_tiles.is_strided(num_heads, 128, jnp.dtype(dtype))
+    blocks = jax.random.normal(jax.random.key(0), shape, dtype)
+
+    def kernel(blocks_ref, at_ref, heads_ref):
+        for head in range(num_heads):
+            heads_ref[head] = tpu_tiles.load_head(blocks_ref, at_ref[0], at_ref[1], size, head)
+
+    got = run(
+        pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((num_heads, size, 128), dtype),
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.VMEM),
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+            ],
+            interpret=True,
+        ),
+        blocks,
+        jnp.array([slot, offset], jnp.int32),
+    )
+    np.testing.assert_array_equal(got, blocks[slot, offset : offset + size].swapaxes(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_size", "dtype"),
+    [(3, 128, "bfloat16"), (8, 64, "bfloat16"), (8, 256, "float32"), (1, 128, "bfloat16")],
+    ids=str,
+)
+def test_heads_whose_tiles_have_gaps_are_not_loaded_by_strides(num_heads, head_size, dtype):
+    assert not tpu_tiles.is_strided(num_heads, head_size, jnp.dtype(dtype))
+
+
+def test_decode_gives_the_bits_of_strided_heads_where_heads_are_swapped():
+    # The plain interpreter loads heads by strides, as devices do; the simulator knows no such view, and swaps them.
+    query, key, value = decode_inputs(2, 256, 4, 2, 128, 128, jnp.bfloat16, integers=False)
+    lengths = jnp.array([256, 140], jnp.int32)
+    kernel = decode("mosaic_tpu", topk=5)
+    # Values that no row keeps hold what 0 does not cancel, so that the sums are taken again.
+    kept = np.asarray(interpreted(kernel, query, key, value, lengths)[1].selection.indices)
+    dark = np.ones((2, 256), bool)
+    for sequence in range(2):
+        dark[sequence, kept[sequence]] = False
+    value = jnp.where(dark[..., None, None], INF, value)
+    strided = interpreted(kernel, query, key, value, lengths)
+    swapped = interpreted(kernel, query, key, value, lengths, simulate=True)
+    for x, y in zip(jax.tree.leaves(strided), jax.tree.leaves(swapped), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.isfinite(np.asarray(strided[0], np.float32)).all()
+
+
 def test_decode_gives_the_same_bits_again_and_in_any_order():
     query, key, value = decode_inputs(3, 200, 4, 2, 64, 64, integers=False)
     lengths = jnp.array([200, 150, 31], jnp.int32)
@@ -409,6 +468,7 @@ def assert_gathers_alike(got, wanted):
 GATHERS = {  # B, T, S, N, K, H, V, scopes, slots; what a slot fetches is in the name
     "tokens": (2, 2, 50, 8, 2, 128, 128, 1, 40),
     "tokens of narrow heads": (1, 3, 37, 9, 3, 64, 8, 1, 33),
+    "tokens of wide heads": (1, 2, 40, 4, 2, 256, 384, 1, 20),
     "rows of groups": (2, 1, 50, 8, 4, 128, 256, 4, 40),
     "rows of heads": (1, 8, 20, 6, 3, 16, 16, 6, 9),
     "rows of one key/value head": (1, 2, 50, 5, 1, 128, 128, 1, 17),
@@ -497,7 +557,7 @@ def test_gather_copies_no_part_past_the_last_valid_slot(monkeypatch):
         def __init__(self, source, target, semaphore):
             self.copy = original(source, target, semaphore)
             self.wait = self.copy.wait
-            self.is_value = source.shape[-1] == 256  # as keys are not
+            self.is_value = source.shape[-1] == 128  # as keys are not
 
         def start(self):
             if self.is_value:
@@ -506,7 +566,7 @@ def test_gather_copies_no_part_past_the_last_valid_slot(monkeypatch):
 
     original = pltpu.make_async_copy
     monkeypatch.setattr(gather_kernel.pltpu, "make_async_copy", Watched)
-    query, key, value, indices = gather_inputs(1, 1, 40, 2, 2, 128, 256, 2, 64)
+    query, key, value, indices = gather_inputs(1, 1, 40, 2, 2, 64, 128, 2, 64)
     indices = indices.at[:, :, :, 17:].set(-1).at[:, :, 0].set(-1).at[:, :, 1, 16].set(7)
     key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)
     interpreted(gather("mosaic_tpu", block_sizes=SMALL_GATHER), query, key, value, indices)

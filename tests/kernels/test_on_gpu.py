@@ -13,7 +13,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import QuantizedKeys
 from pallas_kernels.core import selection
-from pallas_kernels.ops.topk_decode_attention import mosaic_gpu
+from pallas_kernels.ops.topk_decode_attention import mosaic_gpu, quantized_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -506,12 +506,12 @@ KEYS = {
 RAGGED = (8192, 8191, 5000, 2700, 700, 512, 64, 0)
 
 
-def copied_inputs(kind: str):
+def copied_inputs(kind: str, dtype: str = "int8"):
     """Returns query, key, value, and the keyword arguments of a call."""
     query, key, value = decode_inputs(*COPIED, jnp.bfloat16)
     key = KEYS[kind](key)
     lengths = jnp.asarray(RAGGED, jnp.int32)
-    copy = call(pallas_kernels.quantize_keys, key)
+    copy = call(pallas_kernels.quantize_keys, key, dtype=dtype)
     return query, key, value, {"topk": 512, "lengths": lengths, "quantized_key": copy}
 
 
@@ -542,12 +542,17 @@ def test_the_copy_settles_random_keys_and_not_those_that_are_equal(monkeypatch):
             *arrays, topk=512, certified=True, implementation="mosaic_gpu", **traced
         )
     )
-    for kind, falls_back in (("random", False), ("one-key-everywhere", True)):
-        *arrays, arguments = copied_inputs(kind)
+    for kind, dtype, falls_back in (
+        ("random", "int8", False),
+        ("random", "float8_e4m3fn", False),
+        ("one-key-everywhere", "int8", True),
+    ):
+        fell_back.clear()
+        *arrays, arguments = copied_inputs(kind, dtype)
         del arguments["topk"]
         jax.block_until_ready(run(*arrays, **arguments))
         jax.effects_barrier()
-        assert bool(fell_back) is falls_back, kind
+        assert bool(fell_back) is falls_back, (kind, dtype)
 
 
 def test_ranking_by_the_copy_adds_no_error_of_its_own():
@@ -568,3 +573,138 @@ def test_ranking_by_the_copy_adds_no_error_of_its_own():
     ulp = float(jnp.finfo(jnp.bfloat16).eps) * float(np.abs(oracle).max())
     assert rms(error(got[0])) <= 1.5 * rms(error(plain))
     assert np.abs(error(got[0])).max() <= max(2 * np.abs(error(plain)).max(), ulp)
+
+
+COPY_FORMS = {
+    # page, then as above, dtype, the copy's
+    "e4m3": (None, *COPIED, jnp.bfloat16, "float8_e4m3fn"),
+    "pages-of-16": (16, *COPIED, jnp.bfloat16, "int8"),
+    "pages-of-256-9-of-3x64-f16": (256, 2, 8192, 9, 3, 64, jnp.float16, "int8"),
+    "e4m3-pages-of-128-16-of-2x256": (128, 2, 4096, 16, 2, 256, jnp.bfloat16, "float8_e4m3fn"),
+    "e4m3-pages-of-64-12-of-4x96-f16": (64, 2, 8192, 12, 4, 96, jnp.float16, "float8_e4m3fn"),
+    "8-of-4x80": (None, 4, 8192, 8, 4, 80, jnp.bfloat16, "int8"),
+    "16-of-1x240-f16": (None, 3, 4096, 16, 1, 240, jnp.float16, "int8"),
+    "40-of-1x128": (None, 3, 4096, 40, 1, 128, jnp.bfloat16, "int8"),
+    "e4m3-4x48": (None, 3, 4096, 4, 4, 48, jnp.bfloat16, "float8_e4m3fn"),
+}
+
+
+def formed(case, kind: str):
+    """Returns contiguous arrays, those in pages if any, and the arguments of calls with them."""
+    page, b, s, n, k, h, dtype, name = case
+    query, key, value = decode_inputs(b, s, n, k, h, dtype)
+    key = KEYS[kind](key)
+    lengths = jnp.asarray(np.resize([s, s // 2 + 1, 0, 5], b), jnp.int32)
+    arguments = {"topk": s // 20, "lengths": lengths}
+    arrays, more = (key, value), {}
+    if page is not None:
+        *arrays, more["page_table"] = in_pages(key, value, lengths, page)
+    more["quantized_key"] = call(pallas_kernels.quantize_keys, arrays[0], dtype=name)
+    return (query, key, value), (query, *arrays), arguments, more
+
+
+@pytest.mark.parametrize("kind", ["random", "stretched", "not-finite", "whole-numbers"])
+@pytest.mark.parametrize("case", COPY_FORMS.values(), ids=COPY_FORMS.keys())
+def test_other_forms_of_a_copy_certify_the_same_bits(case, kind):
+    arrays, copied, arguments, more = formed(case, kind)
+    wanted = decode(*arrays, "mosaic_gpu", **arguments)
+    certified = functools.partial(decode, *copied, "mosaic_gpu", certified=True, **more)
+    assert_same_bits(certified(**arguments), wanted)
+    assert_same_bits(certified(**arguments), wanted)
+
+
+@pytest.mark.parametrize("window", [None, 700], ids=["all", "window"])
+@pytest.mark.parametrize("case", COPY_FORMS.values(), ids=COPY_FORMS.keys())
+def test_other_forms_of_a_copy_rank_as_its_numbers_do(case, window):
+    """As float64 does; in pages, by the bits of the contiguous call."""
+    page, *_, name = case
+    arrays, copied, arguments, more = formed(case, "random")
+    arguments["window"] = window
+    out, residuals = decode(*copied, "mosaic_gpu", **arguments, **more)
+    copy = call(pallas_kernels.quantize_keys, arrays[1], dtype=name)
+    contiguous = arguments | {"quantized_key": copy}
+    if page is not None:
+        assert_same_bits((out, residuals), decode(*arrays, "mosaic_gpu", **contiguous))
+    visible = positions_visible(arguments["lengths"], window, arrays[1].shape[1])
+    ranked_as_the_copy_does(residuals.selection, arrays[0], copy, visible)
+    attends_to_its_list(out, residuals.selection, *arrays)
+
+
+def in_float64(x) -> np.ndarray:
+    return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
+
+
+def positions_visible(lengths, window, size: int) -> np.ndarray:
+    """Returns [B, S]."""
+    place, end = np.arange(size), np.asarray(lengths)[:, None]
+    return (place < end) & (place >= end - (size if window is None else window))
+
+
+def ranked_as_the_copy_does(selection, query, copy, visible) -> None:
+    """Checks that no key left out is above one kept, by scores of the copy in float64, but for what float16 rounds."""
+    made = in_float64(copy.scale)[..., None] * in_float64(copy.values)
+    heads = query.shape[1] // made.shape[2]
+    scores = np.einsum("bnh,bsnh->bns", in_float64(query), made.repeat(heads, axis=2))
+    longest = np.linalg.norm(made, axis=-1).max(axis=(1, 2))[:, None]
+    slack = 2.0**-11 * np.linalg.norm(in_float64(query), axis=-1) * longest
+    for b, n in np.ndindex(query.shape[:2]):
+        kept = np.zeros(visible.shape[1], bool)
+        indices = np.asarray(selection.indices)[b, n]
+        kept[indices[indices >= 0]] = True
+        assert kept.sum() == np.asarray(selection.count)[b, n]
+        assert not (kept & ~visible[b]).any()
+        assert kept.sum() == min(len(indices), visible[b].sum())
+        left_out = scores[b, n][visible[b] & ~kept]
+        if left_out.size:
+            assert scores[b, n][kept].min() >= left_out.max() - slack[b, n]
+
+
+def attends_to_its_list(out, selection, query, key, value) -> None:
+    """Compares with a softmax in float64 over the true scores of the listed keys."""
+    heads = query.shape[1] // key.shape[2]
+    keys, values = (in_float64(x) for x in (key, value))
+    wanted = np.zeros(out.shape)
+    for b, n in np.ndindex(query.shape[:2]):
+        listed = np.asarray(selection.indices)[b, n]
+        listed = listed[listed >= 0]
+        if listed.size:
+            scores = keys[b, listed, n // heads] @ in_float64(query)[b, n] * query.shape[2] ** -0.5
+            weights = np.exp(scores - scores.max())
+            wanted[b, n] = weights @ values[b, listed, n // heads] / weights.sum()
+    error = np.abs(in_float64(out) - wanted).max()
+    assert error <= float(jnp.finfo(out.dtype).eps) * np.abs(wanted).max()
+
+
+BOUNDED = {
+    "e4m3-128": (128, jnp.bfloat16, "float8_e4m3fn"),
+    "e4m3-256-f16": (256, jnp.float16, "float8_e4m3fn"),
+    "int8-80-f16": (80, jnp.float16, "int8"),
+    "int8-240": (240, jnp.bfloat16, "int8"),
+}
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["lossy", "exact"])
+@pytest.mark.parametrize(("h", "dtype", "name"), BOUNDED.values(), ids=BOUNDED.keys())
+def test_bounds_of_products_in_half_precision_hold(h, dtype, name, exact):
+    """Queries point to where keys lost most; or nothing is lost, so that only rounding needs a bound."""
+    query, key, _ = decode_inputs(2, 4096, 8, 2, h, dtype)
+    if exact:
+        whole = {"int8": 127, "float8_e4m3fn": 14}[name]
+        key = jnp.round(4 * key).clip(-whole, whole).at[..., 0].set(whole)
+    copy = call(pallas_kernels.quantize_keys, key, dtype=name)
+    if not exact:
+        made = copy.scale[..., None] * copy.values.astype(jnp.float32)
+        lost = (key.astype(jnp.float32) - made)[:, 5:9]  # of four keys [B, 4, K, H]
+        query = jnp.swapaxes(lost, 1, 2).reshape(2, 8, h).astype(dtype)
+    bounds = jax.jit(
+        functools.partial(quantized_gpu._score_copy, bounds=True, scale=0.5, wanted=None)
+    )
+    ends = jnp.full((2,), 4096, jnp.int32)
+    got = np.asarray(bounds(query, copy, jnp.zeros_like(ends), ends), np.float64)
+    keys = in_float64(key).repeat(4, axis=2)
+    true = 0.5 * np.einsum("bnh,bsnh->bns", in_float64(query), keys)
+    size = 0.5 * np.linalg.norm(in_float64(query), axis=-1)[..., None]
+    width = size * np.swapaxes(in_float64(copy.error).repeat(4, axis=2), 1, 2)
+    lengths = np.swapaxes(np.linalg.norm(keys, axis=-1), 1, 2)
+    assert (got >= true).all()
+    assert (got - true <= 2.06 * width + 4e-3 * size * lengths).all()

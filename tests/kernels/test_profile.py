@@ -1,7 +1,10 @@
 """Kernels that a profiler recorded, cut into calls: the time of each, or none at all where they cannot be told apart."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.tuning import timer
 from pallas_kernels.tuning.profile import Kernel, spans
 
 CALL = [Kernel(0, 2000, "score"), Kernel(2500, 1000, "select"), Kernel(2600, 3000, "copy")]
@@ -38,3 +41,15 @@ def test_kernels_of_two_streams_may_begin_in_another_order():
 )
 def test_what_is_not_the_same_call_again_has_no_time(kernels):
     assert spans(kernels, 2) is None
+
+
+@pytest.mark.gpu
+def test_a_gpus_own_clock_times_twice_the_work_as_twice_as_long():
+    side = 4096
+    a = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    single = timer.device_time(lambda x, y: x @ y, [(a, a)])
+    double = timer.device_time(lambda x, y: (x @ y, y @ x.T), [(a, a)])
+    assert single.clock == double.clock == "profiler"
+    assert single.rounds >= 10
+    assert 1e-3 * single.median > 2 * side**3 / 2e15  # no card makes more than 2 PF/s of bfloat16
+    assert double.median == pytest.approx(2 * single.median, rel=0.25)

@@ -278,10 +278,8 @@ def refused(**changes):
 
 
 REFUSED = {
-    "fp8": (refused(values=jnp.float8_e4m3fn), "values of dtype float8_e4m3fn, wanted int8"),
-    "head-size": (refused(h=80), "head size 80, wanted a multiple of 64"),
+    "head-size": (refused(h=72), "head size 72, wanted a multiple of 16"),
     "keys": (refused(s=250), "250 keys, wanted a multiple of 8"),
-    "tpu": (refused(implementation="mosaic_tpu"), "mosaic_tpu got a quantized_key, wanted None"),
 }
 
 
@@ -300,27 +298,6 @@ def test_what_a_kernel_cannot_take_is_refused(case, message, certified):
     )
     with pallas_kernels.interpret_mode(), pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(call, *specs)
-
-
-def test_a_kernel_refuses_a_copy_in_pages():
-    query, cache, _, copy, _ = refused()
-    pages = jax.ShapeDtypeStruct((16, 32, 2, 64), cache.dtype)
-    copy = jax.tree.map(lambda x: jax.ShapeDtypeStruct((16, 32, *x.shape[2:]), x.dtype), copy)
-    call = lambda query, key, copy, table: pallas_kernels.topk_decode_attention(
-        query,
-        key,
-        key,
-        topk=3,
-        quantized_key=copy,
-        page_table=table,
-        implementation="mosaic_gpu",
-    )
-    table = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    with (
-        pallas_kernels.interpret_mode(),
-        pytest.raises(NotImplementedError, match="a page_table beside a quantized_key"),
-    ):
-        jax.eval_shape(call, query, pages, copy, table)
 
 
 # From here on: Mosaic GPU. An interpreted call of all its kernels costs many seconds to compile, so those of one shape share it.
@@ -371,8 +348,9 @@ def interpreted():
         jax.debug.callback(lambda: fell_back.append(True))
         return original(*arrays, **arguments)
 
-    def call(kind, query, key, value):
-        more = {} if kind == "plain" else {"quantized_key": _quantize(key)}
+    def call(kind, query, key, value, **more):
+        if kind != "plain":
+            more.setdefault("quantized_key", _quantize(key))
         lengths = jnp.asarray(LENGTHS, jnp.int32)
         with pallas_kernels.interpret_mode(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(mosaic_gpu, "topk_decode_attention", watched)
@@ -434,14 +412,74 @@ def test_ranking_by_the_copy_is_that_of_the_reference(inputs, interpreted):
     assert_same_sets(got[2], want[2])
 
 
-def test_bounds_hold_where_they_are_met_and_are_no_wider():
+def in_pages(array, page: int):
+    """Cuts [B, S, ...] into a shuffled pool with spare pages, NaN or the largest number; returns it and the table."""
+    b, s, *rest = array.shape
+    table = np.random.default_rng(page).permutation(b * s // page + 2)[: b * s // page]
+    spare = jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 127
+    pool = jnp.full((b * s // page + 2, page, *rest), spare, array.dtype)
+    pool = pool.at[table].set(array.reshape(-1, page, *rest))
+    return pool, jnp.asarray(table.reshape(b, -1), jnp.int32)
+
+
+SCORED = {
+    # page, query heads, key/value heads, head size, dtype, the copy's
+    "pages-of-16": (16, 6, 3, 64, jnp.bfloat16, "int8"),
+    "pages-of-256": (256, 4, 2, 64, jnp.float32, "int8"),
+    "e4m3": (None, 4, 4, 64, jnp.bfloat16, "float8_e4m3fn"),
+    "e4m3-80-pages-of-64": (64, 4, 2, 80, jnp.float32, "float8_e4m3fn"),
+    "48-f16": (None, 9, 1, 48, jnp.float16, "int8"),
+    "40-heads-of-16": (None, 40, 1, 16, jnp.bfloat16, "int8"),
+}
+
+
+@pytest.mark.parametrize("case", SCORED.values(), ids=SCORED.keys())
+def test_scores_by_a_copy_are_exact_where_numbers_are_whole(case):
+    """Each number of the copy is whole, and so are sums; what follows are two products in float32."""
+    page, n, k, h, dtype, name = case
+    starts, ends = np.asarray([0, 37, 130, 0]), np.asarray([512, 300, 131, 0])
+    query, key, _ = draw(10, b=4, s=512, n=n, k=k, h=h, dtype=dtype, most=14)
+    copy = _quantize(key.at[..., 0].set(14), dtype=name)
+    numbers = in_64_bits(copy.values)
+    assert name == "int8" or (numbers == 32 * in_64_bits(key.at[..., 0].set(14))).all()
+    table = None
+    if page is not None:
+        pools = [in_pages(x, page) for x in copy]
+        copy, table = QuantizedKeys(*(pool for pool, _ in pools)), pools[0][1]
+        beyond = np.arange(512 // page) * page >= ends[:, None]
+        table = jnp.where(beyond, 10**6, table)  # no page at all
+    run = jax.jit(
+        functools.partial(quantized_gpu._score_copy, bounds=False, scale=0.125, wanted=2),
+        compiler_options=HURRY,
+    )
+    with pallas_kernels.interpret_mode():
+        first, last = (jnp.asarray(x, jnp.int32) for x in (starts, ends))
+        got = np.asarray(jax.block_until_ready(run(query, copy, first, last, table=table)))
+    scales = np.asarray(_quantize(key.at[..., 0].set(14), dtype=name).scale)
+    for b, head in np.ndindex(4, n):
+        seen = slice(starts[b], ends[b])
+        sums = numbers[b, seen, head // (n // k)] @ in_64_bits(query[b, head])
+        scale = scales[b, seen, head // (n // k)] * np.float32(0.125)
+        np.testing.assert_array_equal(got[b, head, seen], sums.astype(np.float32) * scale)
+
+
+@pytest.mark.parametrize(
+    ("h", "dtype", "name"),
+    [
+        (64, jnp.bfloat16, "int8"),
+        (64, jnp.bfloat16, "float8_e4m3fn"),
+        (80, jnp.float16, "int8"),
+    ],
+    ids=["int8", "e4m3", "int8-80-f16"],
+)
+def test_bounds_hold_where_they_are_met_and_are_no_wider(h, dtype, name):
     """Each query points to where one key lost most: nothing smaller than the error bounds that score."""
-    query, key, _ = draw(7, **SHAPE | {"b": 2}, dtype=jnp.bfloat16)
+    query, key, _ = draw(7, **SHAPE | {"b": 2, "h": h}, dtype=dtype)
     key = jax.random.normal(jax.random.key(1), key.shape, key.dtype)
-    copy = _quantize(key)
+    copy = _quantize(key, dtype=name)
     made = copy.scale[..., None] * copy.values.astype(jnp.float32)
     lost = (key.astype(jnp.float32) - made)[:, 11:15]  # of four keys [B, 4, K, H]
-    query = jnp.stack([lost[:, head, head // 2] for head in range(4)], axis=1)
+    query = jnp.stack([lost[:, head, head // 2] for head in range(4)], axis=1).astype(dtype)
     ends = jnp.asarray([208, 150], jnp.int32)
     bounds = jax.jit(
         functools.partial(quantized_gpu._score_copy, bounds=True, scale=0.5, wanted=1),
@@ -457,6 +495,76 @@ def test_bounds_hold_where_they_are_met_and_are_no_wider():
         width = size * in_64_bits(copy.error[b, : ends[b], head // 2])
         assert slack[11 + head] <= 0.06 * width[11 + head]
         assert (slack <= 2.06 * width).all()
+
+
+@pytest.mark.parametrize(("h", "page"), [(80, None), (64, 16)], ids=["80", "64-pages-of-16"])
+def test_scoring_again_has_the_bits_of_the_call_without_a_copy(h, page):
+    """Of whole numbers: the simulator does not sum in the order of tensor cores."""
+    query, key, _ = draw(11, b=2, s=256, n=4, k=2, h=h, dtype=jnp.bfloat16)
+    places = np.random.default_rng(0).permuted(np.tile(np.arange(256), (2, 4, 1)), axis=2)
+    counts = np.asarray([[256, 200, 1, 0], [128, 129, 127, 256]])
+    places, ends = jnp.asarray(places, jnp.int32), jnp.full((2,), 256, jnp.int32)
+    rows, keys = places, key
+    if page is not None:
+        pool, table = in_pages(key, page)
+        rows = quantized_gpu._rows_of(places, table, QuantizedKeys(pool, pool, pool))
+        keys = pool.reshape(1, -1, 2, h)
+    again = jax.jit(functools.partial(quantized_gpu._rescore, scale=0.125), compiler_options=HURRY)
+    plain = jax.jit(
+        functools.partial(mosaic_gpu._scores, scale=0.125, wanted=1), compiler_options=HURRY
+    )
+    with pallas_kernels.interpret_mode():
+        got = jax.block_until_ready(again(query, keys, rows, jnp.asarray(counts, jnp.int32)))
+        wanted = jax.block_until_ready(plain(query, key, jnp.zeros_like(ends), ends))
+    for b, head in np.ndindex(2, 4):
+        listed = places[b, head, : counts[b, head]]
+        assert_same_bits(got[b, head, : counts[b, head]], wanted[b, head, listed])
+
+
+FORMS_OF_A_COPY = {
+    # page, head size, the copy's dtype
+    "e4m3-in-pages-of-16": (16, 64, "float8_e4m3fn"),
+    "e4m3": (None, 64, "float8_e4m3fn"),
+    "int8-in-pages-of-16": (16, 64, "int8"),
+    "int8-80": (None, 80, "int8"),
+}
+
+
+@pytest.mark.parametrize("certified", [False, True], ids=["ranked", "certified"])
+@pytest.mark.parametrize(
+    ("page", "h", "name"),
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.slow if index else ())
+        for index, (name, case) in enumerate(FORMS_OF_A_COPY.items())
+    ],
+)
+def test_other_forms_of_a_copy_decode_like_the_usual_one(page, h, name, certified, interpreted):
+    """Certified, the bits of the call without a copy and pages; else the sets of the reference."""
+    query, key, value = draw(4, **SHAPE | {"h": h}, dtype=jnp.bfloat16, most=14)
+    key = key.at[..., 0].set(14)
+    arrays, more = (query, key, value), {"quantized_key": _quantize(key, dtype=name)}
+    if page is not None:
+        (key_pool, table), (value_pool, _) = in_pages(key, page), in_pages(value, page)
+        arrays, more["page_table"] = (query, key_pool, value_pool), table
+        more["quantized_key"] = _quantize(key_pool, dtype=name)
+    got, fell_back = interpreted("certified" if certified else "ranked", *arrays, **more)
+    if certified:
+        wanted, _ = interpreted("plain", query, key, value)
+        assert_same_bits(got, wanted)
+        assert not fell_back
+        return
+    arguments = {
+        "topk": TOPK,
+        "lengths": jnp.asarray(LENGTHS, jnp.int32),
+        "scale": 0.125,
+        "quantized_key": _quantize(key, dtype=name),
+        "implementation": "reference",
+    }
+    wanted = decode(query, key, value, **arguments)
+    oracle = decode(*(x.astype(jnp.float32) for x in (query, key, value)), **arguments)
+    for x, y, z in zip(got[:2], oracle[:2], wanted[:2], strict=True):
+        testing.assert_accurate(x, y, naive=z)
+    assert_same_sets(got[2], wanted[2])
 
 
 @pytest.mark.slow
@@ -481,10 +589,21 @@ def test_certified_has_the_bits_of_the_call_without_a_copy_in_other_shapes(n, k,
     assert_same_bits(got, wanted)
 
 
+RACED = {
+    # page, head size, the copy's dtype, certified
+    "ranked": (None, 64, "int8", False),
+    "certified": (None, 64, "int8", True),
+    "certified-e4m3-80-in-pages-of-32": (32, 80, "float8_e4m3fn", True),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("certified", [False, True], ids=["ranked", "certified"])
-def test_kernels_of_a_copy_have_no_race(certified):
-    query, key, value = draw(9, b=1, s=640, n=1, k=1, h=64, dtype=jnp.bfloat16)
+@pytest.mark.parametrize(("page", "h", "name", "certified"), RACED.values(), ids=RACED.keys())
+def test_kernels_of_a_copy_have_no_race(page, h, name, certified):
+    query, key, value = draw(9, b=1, s=640, n=1, k=1, h=h, dtype=jnp.bfloat16)
+    table = None
+    if page is not None:
+        (key, table), (value, _) = in_pages(key, page), in_pages(value, page)
     with pallas_kernels.interpret_mode(detect_races=True):
         jax.block_until_ready(
             pallas_kernels.topk_decode_attention(
@@ -492,10 +611,11 @@ def test_kernels_of_a_copy_have_no_race(certified):
                 key,
                 value,
                 topk=70,
-                quantized_key=quantize_keys(key),
+                quantized_key=quantize_keys(key, dtype=name),
                 certified=certified,
                 implementation="mosaic_gpu",
                 block_sizes=TopKDecodeBlockSizes(num_splits=1),
+                page_table=table,
             )
         )
 
@@ -526,19 +646,65 @@ COMPILED = {
 }
 
 
-def test_kernels_of_a_copy_lower_for_a_hopper_gpu():
-    _, query, key, _, lengths, *copy = COMPILED["certified-8x131072-32-of-8x128"]
+def pieces_at(page, b, s, n, k, h, dtype, name):
+    """The kernels that read keys or their copy: scores and bounds by the copy, and the scores of listed keys."""
 
-    def pieces(query, key, lengths, places, *copy):
+    def fn(query, key, lengths, table, rows, *copy):
         start, count = jnp.zeros_like(lengths), jnp.zeros(query.shape[:2], jnp.int32)
-        bounds = quantized_gpu._score_copy(
-            query, QuantizedKeys(*copy), start, lengths, 1.0, None, bounds=True
+        if page is None:
+            table = None
+        else:
+            key = key.reshape(1, -1, *key.shape[2:])
+        by_copy = functools.partial(
+            quantized_gpu._score_copy, query, QuantizedKeys(*copy), start, lengths, 1.0, None, table
         )
-        return bounds, quantized_gpu._rescore(query, key, places, count, 1.0)
+        found = by_copy(bounds=False)
+        if dtype == jnp.float32:  # which is not certified
+            return found
+        return found, by_copy(bounds=True), quantized_gpu._rescore(query, key, rows, count, 1.0)
 
-    places = SPEC((8, 32, 3072), jnp.int32)
-    text = gpu_aot.lower_gpu(pieces, query, key, lengths, places, *copy).as_text()
-    assert "mosaic_gpu" in text
+    tokens = (b, s) if page is None else (b * s // page, page)
+    cache, numbers = SPEC((*tokens, k, h), dtype), SPEC((*tokens, k), jnp.float32)
+    table, rows = SPEC((b, s // (page or s)), jnp.int32), SPEC((b, n, 640), jnp.int32)
+    copy = SPEC(cache.shape, name), numbers, numbers
+    return fn, SPEC((b, n, h), dtype), cache, SPEC((b,), jnp.int32), table, rows, *copy
+
+
+BFLOAT16, FLOAT16, E4M3 = jnp.bfloat16, jnp.float16, "float8_e4m3fn"
+PIECES = {
+    "int8": pieces_at(None, 8, 131072, 32, 8, 128, BFLOAT16, "int8"),
+    "e4m3": pieces_at(None, 8, 131072, 32, 8, 128, BFLOAT16, E4M3),
+    "pages-of-16": pieces_at(16, 8, 131072, 32, 8, 128, BFLOAT16, "int8"),
+    "80": pieces_at(None, 2, 8192, 8, 4, 80, BFLOAT16, "int8"),
+    "e4m3-f32": pieces_at(None, 2, 8192, 32, 2, 128, jnp.float32, E4M3),
+    "e4m3-96-pages-of-64-f16": pieces_at(64, 2, 8192, 12, 4, 96, FLOAT16, E4M3),
+    "240-f16": pieces_at(None, 2, 8192, 16, 1, 240, FLOAT16, "int8"),
+    "e4m3-256-64-heads-pages-of-256": pieces_at(256, 2, 8192, 64, 1, 256, BFLOAT16, E4M3),
+    "16-f16": pieces_at(None, 2, 8192, 8, 8, 16, FLOAT16, "int8"),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "e4m3", "pages-of-16", "80"])
+def test_kernels_of_a_copy_lower_for_a_hopper_gpu(name):
+    fn, *specs = PIECES[name]
+    assert "mosaic_gpu" in gpu_aot.lower_gpu(fn, *specs).as_text()
+
+
+def assert_no_spills(capfd):
+    report = "".join(capfd.readouterr())
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    assert spilled, report
+    assert not any(spilled), report
+
+
+@pytest.mark.skipif(gpu_aot.cuda_plugin_is_missing(), reason="needs JAX's CUDA plugin")
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas on the path")
+@pytest.mark.parametrize("case", PIECES.values(), ids=PIECES.keys())
+def test_kernels_of_every_form_of_a_copy_compile_without_spills(case, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    fn, *specs = case
+    gpu_aot.compile_gpu(fn, *specs)
+    assert_no_spills(capfd)
 
 
 @pytest.mark.skipif(gpu_aot.cuda_plugin_is_missing(), reason="needs JAX's CUDA plugin")
@@ -548,10 +714,7 @@ def test_kernels_of_a_copy_compile_without_spills_and_copy_no_cache(case, monkey
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     fn, query, key, *rest = case
     compiled = gpu_aot.compile_gpu(fn, query, key, *rest)
-    report = "".join(capfd.readouterr())
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    assert spilled, report
-    assert not any(spilled), report
+    assert_no_spills(capfd)
     # Rows of scores, and lists.
     cache = key.size * key.dtype.itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < cache / 4

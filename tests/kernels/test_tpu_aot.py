@@ -13,6 +13,7 @@ from tests.kernels import aot
 pytestmark = pytest.mark.tpu_aot
 
 F32, BF16 = jnp.float32, jnp.bfloat16
+INT8, FP8 = jnp.int8, jnp.float8_e4m3fn
 SMALL = 1 << 20  # bytes: what the compiler keeps for itself; any copy of a cache is larger
 spec = jax.ShapeDtypeStruct
 every_chip = pytest.mark.parametrize("chip", aot.TOPOLOGIES)
@@ -64,12 +65,31 @@ def compile_paged_decode(b, pages, page, n, k, h, v, dtype, *, chip, **kwargs):
     return aot.compile_tpu(decode, *arrays, *integers, chip=chip)
 
 
-def compile_gather(b, t, s, n, k, scopes, slots, dtype, *, chip, page=None):
+def compile_quantized_decode(b, s, n, k, h, v, dtype, copy, *, chip, page=None, topk=64, **kwargs):
+    decode = lambda q, key, value, lengths, values, scale, error, *table: pk.topk_decode_attention(
+        q,
+        key,
+        value,
+        topk=topk,
+        lengths=lengths,
+        quantized_key=pk.QuantizedKeys(values, scale, error),
+        page_table=table[0] if table else None,
+        implementation="mosaic_tpu",
+        **kwargs,
+    )
+    tokens = (b, s, k) if page is None else (b * s // page, page, k)
+    arrays = spec((b, n, h), dtype), spec((*tokens, h), dtype), spec((*tokens, v), dtype)
+    copy = spec((*tokens, h), copy), spec(tokens, F32), spec(tokens, F32)
+    table = () if page is None else (spec((b, s // page), jnp.int32),)
+    return aot.compile_tpu(decode, *arrays, spec((b,), jnp.int32), *copy, *table, chip=chip)
+
+
+def compile_gather(b, t, s, n, k, scopes, slots, dtype, *, chip, page=None, head=128):
     gather = lambda q, key, value, indices, *table: pk.gather_attention(
         q, key, value, indices, page_table=table[0] if table else None, implementation="mosaic_tpu"
     )
-    cache = spec((b, s, k, 128) if page is None else (b * s // page, page, k, 128), dtype)
-    arrays = spec((b, t, n, 128), dtype), cache, cache, spec((b, t, scopes, slots), jnp.int32)
+    cache = spec((b, s, k, head) if page is None else (b * s // page, page, k, head), dtype)
+    arrays = spec((b, t, n, head), dtype), cache, cache, spec((b, t, scopes, slots), jnp.int32)
     table = () if page is None else (spec((b, s // page), jnp.int32),)
     return aot.compile_tpu(gather, *arrays, *table, chip=chip)
 
@@ -129,6 +149,36 @@ def test_decode_of_pages_compiles_without_a_copy_of_the_pool(case, chip):
     assert_nothing_long_is_made(compile_paged_decode(*shape, chip=chip, **kwargs))
 
 
+# B, S, N, K, H, V, dtype, dtype of the copy, options; the large copy holds 1 GiB.
+QUANTIZED = {
+    "llama 128k": ((8, 131072, 32, 8, 128, 128, BF16, INT8), {"topk": 2048}),
+    "llama 128k, float8": ((8, 131072, 32, 8, 128, 128, BF16, FP8), {"topk": 2048}),
+    "llama 128k, paged": ((8, 131072, 32, 8, 128, 128, BF16, INT8), {"topk": 2048, "page": 128}),
+    "layer scope": ((8, 131072, 32, 8, 128, 128, BF16, INT8), {"topk": 2048, "scope": "layer"}),
+    "group scope": ((2, 8192, 32, 8, 128, 128, BF16, FP8), {"scope": "group"}),
+    "one word a token, window": ((2, 8192, 8, 4, 128, 256, BF16, INT8), {"window": 500}),
+    "many heads, uneven": ((2, 8201, 32, 32, 128, 128, BF16, INT8), {}),
+    "wide heads, f32": ((2, 8192, 16, 8, 256, 128, F32, INT8), {}),
+    "two heads, uneven": ((2, 8200, 6, 2, 128, 128, BF16, FP8), {}),
+    "two heads, paged": ((2, 8192, 6, 2, 128, 128, BF16, INT8), {"page": 256}),
+    "one kv head, f32": ((2, 8192, 8, 1, 128, 128, F32, INT8), {}),
+}
+
+
+@on_every_chip(QUANTIZED, by_default=2)
+def test_decode_by_eight_bit_keys_compiles_without_a_copy_of_a_cache(case, chip):
+    shape, kwargs = QUANTIZED[case]
+    compiled = compile_quantized_decode(*shape, chip=chip, **kwargs)
+    text = compiled.as_text()
+    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", text)) == 2
+    assert " sort(" not in text
+    # The lists, which are turned to rows of a pool, and laid out part by part; the scales of an uneven capacity.
+    b, s, n, k, *_ = shape
+    lists = 4 * b * n * kwargs.get("topk", 64)
+    scales = 4 * b * k * (s + 128) if s % 128 else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < SMALL + 4 * lists + scales
+
+
 # B, T, S, N, K, G, slots, dtype, page; the caches hold 2 GiB or more where S is 131072.
 GATHERS = {
     "layer": (8, 1, 131072, 32, 8, 1, 2048, BF16, None),
@@ -153,6 +203,12 @@ def test_gather_compiles_without_a_copy_of_the_cache(case, chip):
     b, t, *_, scopes, slots, _ = shape
     lists = 4 * b * t * scopes * slots
     assert compiled.memory_analysis().temp_size_in_bytes < SMALL + 4 * lists
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("scopes", [1, 8], ids=["layer", "group"])
+def test_gather_compiles_where_heads_are_wider_than_a_register(scopes, dtype):
+    compile_gather(2, 1, 8192, 32, 8, scopes, 256, dtype, chip="v5e", head=256)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "tpu7x"])

@@ -146,6 +146,25 @@ def test_sizes_that_are_not_the_ops_are_refused_by_file_and_entry(tuned, sizes):
         program(workload, implementation)
 
 
+COMMITTED = sorted(block_sizes._TUNED.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_committed_table_is_of_todays_workloads_and_sizes(path):
+    known = {workload.name: workload for workload in workloads.WORKLOADS}
+    entries = block_sizes.read_table(path)
+    assert entries
+    for key, entry in entries.items():
+        workload = known[entry["workload"]]
+        assert workload.op == path.stem
+        choices = workload.choices(key.implementation)
+        assert all(value in choices[name] for name, value in entry["block_sizes"].items())
+        workload.cls(**entry["block_sizes"])
+        assert entry["median_us"] <= entry["heuristic_us"]
+        assert {"jax", "backend"} <= entry["versions"].keys()
+        assert len(entry["commit"]) >= 7
+
+
 # ------------------------------------------------------------------------------------------------------------ search
 KNN = LOOKUPS["knn-xla"][0]
 

@@ -4,7 +4,7 @@ A block takes parts of one row's list, for the heads that share both the list an
 in flight together; each is multiplied by every query of the block, in float32, while it is in registers. The softmax is online:
 when a part raises the max, what was summed before is scaled down. Then the part's value rows are read and added with their
 weights. Masked slots read row 0, with weight 0, and it does not enter the sums, whatever it holds. The splits of a list are
-merged by log-sum-exp, in XLA.
+merged by log-sum-exp.
 
 Grid (B * T, blocks of heads, splits), one warpgroup. A cache in pages comes as one table for all sequences, and lists of its
 rows. The backward is that of `xla`.
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, gpu_lanes, online_softmax, varying
+from pallas_kernels.core import compat, gpu_lanes, gpu_merge, varying
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.ops.gather_attention import xla
 from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
@@ -33,7 +33,7 @@ _MAX_HEADS = 16  # of a block
 
 def _gather_kernel(
     # inputs, global memory
-    query_ref,  # [B, T, N, >= H] f32
+    query_ref,  # [B, T, N, >= H]
     key_ref,  # [B, S, K, H]; a batch axis of 1 is one table for all
     value_ref,  # [B, S, K, V], likewise
     indices_ref,  # [B, T, G, slots] i32
@@ -65,7 +65,8 @@ def _gather_kernel(
 
     wide = plgpu.Layout.WG_STRIDED((pitch,), vec_size=1)
     for h in range(heads):
-        queries_ref[h] = plgpu.load(query_ref.at[b, t, first + h], layout=wide, optimized=False)
+        query = plgpu.load(query_ref.at[b, t, first + h], layout=wide, optimized=False)
+        queries_ref[h] = query.astype(jnp.float32)
     one_each = plgpu.Layout.WG_STRIDED((_PART,), vec_size=1)
     vector = gpu_lanes.row_vector(dtype)
     strip = plgpu.Layout.WG_STRIDED((_LANES * vector,), vec_size=vector)
@@ -154,7 +155,7 @@ def _attend(query, key, value, indices, scale, splits: int):
     heads = _heads_of_a_block(n, k, scopes)
     slots = pl.cdiv(size, _PART) * _PART
     pitch = pl.cdiv(h, _LANES) * _LANES
-    query = jnp.pad(query.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, pitch - h)))
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, pitch - h)))
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, slots - size)), constant_values=-1)
     partial_row = jax.ShapeDtypeStruct((splits, b, t, n), jnp.float32)
     row = gpu_lanes.folded_size(v_size, value.dtype)
@@ -182,13 +183,12 @@ def _attend(query, key, value, indices, scale, splits: int):
         kernel_name=f"gather_attention_h{h}_v{v_size}_n{heads}",
         interpret=compat.gpu_interpret(options),
     )(query, key, value, indices)
-    out, lse = online_softmax.merge_splits(acc[..., :v_size], m, total)
-    return out.astype(value.dtype), jnp.swapaxes(lse, 1, 2)
+    out, lse = gpu_merge.merge_splits(acc, m, total, value.dtype)
+    return out[..., :v_size], jnp.swapaxes(lse, 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(rule: xla.Rule, splits: int, query, key, value, indices):
-    indices = jnp.where(indices < key.shape[1], indices, -1)
     return _attend(query, key, value, indices, rule.scale, splits)
 
 
@@ -196,7 +196,13 @@ def _gather_fwd(rule, splits, query, key, value, indices):
     return _gather(rule, splits, query, key, value, indices), (query, key, value, indices)
 
 
-_gather.defvjp(_gather_fwd, lambda rule, _, *rest: xla.attend_bwd(rule, *rest))
+def _gather_bwd(rule, _, residuals, cotangents):
+    query, key, value, indices = residuals
+    indices = jnp.where(indices < 0, key.shape[1], indices)  # as `xla` masks slots
+    return xla.attend_bwd(rule, (query, key, value, indices), cotangents)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
@@ -217,6 +223,5 @@ def gather_attention(query, key, value, indices, *, scale, block_sizes=None):
             )
         gpu_lanes.check_table(_OP, name, key if name == "key" else value)
     rule = xla.rule_of(query, key, value, indices, scale, block_sizes)
-    indices = jnp.where(indices < 0, key.shape[1], indices)
     splits = _splits(query, key, indices, block_sizes)
     return _gather(rule, splits, *varying.align(query, key, value, indices))

@@ -5,10 +5,11 @@
 3. The part's scores leave the matrix unit; the softmax is online: what was summed before is scaled down when the max grows.
 4. After the last part of a list its heads' rows are divided and written.
 
-One list for all heads (G = 1) fetches a token's heads in one copy, [K, H]. A list of one key/value head fetches that head's row
-alone: of float32 the row itself, of bfloat16 the words that it shares with its neighbour, since copies of less than a word do
-not exist; the half that is wanted is then shifted out. The parts of all lists of a query row follow each other without a
-break. Masked slots fetch row 0, which enters no sum, whatever it holds; parts past a list's last valid slot are left out.
+One list for all heads (G = 1) fetches a token's heads in one copy, [K, H]; as the tokens' heads follow each other in VMEM, a
+head is read with a stride. A list of one key/value head fetches that head's row alone. Of bfloat16 both fetch words, which hold
+two neighbouring heads, since neither a copy nor a stride of less than a word exists; the half that is wanted is shifted out.
+Heads of more than 128 take a copy for each 128. The parts of all lists of a query row follow each other without a break.
+Masked slots fetch row 0, which enters no sum, whatever it holds; parts past a list's last valid slot are left out.
 
 Products accumulate in float32; float32 inputs are multiplied in full precision, bfloat16 weights as the sum of two bfloat16
 parts. The backward is that of `xla`.
@@ -16,7 +17,7 @@ parts. The backward is that of `xla`.
 On a device only caches that XLA lays out as [S, K, H] are taken, for all others would be copied at every call, and `xla` reads
 those in place; an interpreter has no layouts, and takes all.
 
-Grid (B * T,), parallel. SMEM: three parts of a list. VMEM: two parts of keys and of values. Compiled ahead of time for v5e, v5p,
+Grid (B * T,), parallel. SMEM: four parts of a list. VMEM: two parts of keys and of values. Compiled ahead of time for v5e, v5p,
 v6e and tpu7x, and interpreted, but for the view of bfloat16 as words, which the simulators lack; never executed on a TPU.
 """
 
@@ -41,9 +42,10 @@ from pallas_kernels.ops.topk_select.mosaic_tpu import check_vmem
 _OP = "gather_attention"
 _PART_OF_TOKENS = 128  # slots taken at a time where each fetches all heads
 _PART_OF_ROWS = 256  # where each fetches one head
-_LIST_BUFFERS = 3
+_LIST_BUFFERS = 4  # three would do, but a power of two is chosen from by a mask
 _UNROLL = 8
 _HALF = 16  # bits
+_MASKED = -(2**31)  # a slot's place that is none; without its one bit it is 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,24 +53,25 @@ class _Refs:
     """What the kernel reads and writes, one query row at a time; Q heads read a list, R slots make a part."""
 
     # inputs
-    parts: jax.Ref  # [1, 1, G] i32, SMEM: how many parts of each list are to be read, at least 1
-    query: jax.Ref  # [1, N, H] f32, VMEM
+    parts: jax.Ref  # [1, 1, G + 1] i32, SMEM: parts to be read of each list, at least 1, and of all
+    query: jax.Ref  # [1, G, Q, H] f32, VMEM
     lists: jax.Ref  # [B * T * G * parts, 1, R] i32, HBM
     key: jax.Ref  # [B or 1, S, K, H], HBM
     value: jax.Ref
     # outputs
-    out: jax.Ref  # [1, N, V] f32, VMEM
+    out: jax.Ref  # [1, G, Q, V] f32, VMEM
     lse: jax.Ref  # [1, 1, N] f32, VMEM
     # scratch
-    places: jax.Ref  # [3, 1, R] i32, SMEM
-    slots: jax.Ref  # [3, 1, R] i32, VMEM: the same
-    key_rows: jax.Ref  # [2, R, K, H], or [2, R, H] of float32 or of words, VMEM
+    taken: jax.Ref  # [4] i32, SMEM: which list and part are in each buffer of these two
+    places: jax.Ref  # [4, 1, R] i32, SMEM
+    slots: jax.Ref  # [4, 1, R] i32, VMEM: the same
+    key_rows: jax.Ref  # [2, pieces of H, R * lines, H of a piece] of float32 or of words, VMEM
     value_rows: jax.Ref
     acc: jax.Ref  # [Q, V] f32, VMEM, sum of exp(s - m) * value
     m: jax.Ref  # [Q, 1] f32, VMEM, max of the scores
     total: jax.Ref  # [Q, 1] f32, VMEM, sum of exp(s - m)
     lse_column: jax.Ref  # [N, 1] f32, VMEM
-    placed: jax.Ref  # [3] DMA semaphores
+    placed: jax.Ref  # [4] DMA semaphores
     listed: jax.Ref
     key_arrived: jax.Ref  # [2] DMA semaphores
     value_arrived: jax.Ref
@@ -94,6 +97,25 @@ class _Plan:
     def heads_of_a_list(self) -> int:
         return self.num_heads // self.num_lists
 
+    @property
+    def heads_of_a_slot(self) -> int:
+        return self.num_kv_heads if self.form == "tokens" else 1
+
+    @property
+    def paired(self) -> bool:
+        """Whether a line that is fetched holds two heads of bfloat16 in words, as they lie in a cache, or one of float32."""
+        return self.dtype != jnp.float32
+
+    @property
+    def lines(self) -> int:
+        """Lines that a slot fetches."""
+        return pl.cdiv(self.heads_of_a_slot, 2 if self.paired else 1)
+
+
+def _piece(head_size: int) -> int:
+    """Returns how many lanes one copy takes: lines of more than a register's lie apart, and cannot be copied alone."""
+    return LANES if head_size % LANES == 0 else head_size  # only an interpreter takes others
+
 
 def _form(num_kv_heads: int, num_lists: int, dtype) -> str:
     if num_lists == 1 and num_kv_heads > 1:
@@ -108,54 +130,70 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
     heads = plan.heads_of_a_list
     parts_of = lambda g: refs.parts[0, 0, jnp.minimum(g, plan.num_lists - 1)]
 
+    def split(at):
+        """Returns the list and the part that a place stands for, one scalar, since registers for scalars are few."""
+        if plan.num_lists == 1:
+            return 0, at
+        return lax.div(at, plan.most_parts), lax.rem(at, plan.most_parts)
+
     def following(at):
         """Returns the list and part that come after these."""
-        g, part = at
-        ended = part + 1 >= parts_of(g)
-        return jnp.where(ended, g + 1, g), jnp.where(ended, 0, part + 1)
+        g, part = split(at)
+        return jnp.where(part + 1 < parts_of(g), at + 1, (g + 1) * plan.most_parts)
 
     def kv_head(g):
         return g * plan.num_kv_heads // plan.num_lists
 
-    def list_copies(i, at):
-        g, part = at
-        source = refs.lists.at[(row * plan.num_lists + g) * plan.most_parts + part]
+    def list_copies(i):
         buffer = i % _LIST_BUFFERS
+        source = refs.lists.at[row * plan.num_lists * plan.most_parts + refs.taken[buffer]]
         return (
             pltpu.make_async_copy(source, refs.places.at[buffer], refs.placed.at[buffer]),
             pltpu.make_async_copy(source, refs.slots.at[buffer], refs.listed.at[buffer]),
         )
 
     def start_list(i, at):
-        for copy in list_copies(i, at):
+        refs.taken[i % _LIST_BUFFERS] = at
+        for copy in list_copies(i):
             copy.start()
 
-    def start_rows(i, at):
-        for copy in list_copies(i, at):
+    def lines_of(slot):
+        return pl.ds(pl.multiple_of(slot * plan.lines, plan.lines), plan.lines)
+
+    def start_rows(i):
+        for copy in list_copies(i):
             copy.wait()
-        head, buffer = kv_head(at[0]), i % 2
+        g, _ = split(refs.taken[i % _LIST_BUFFERS])
+        head, buffer = kv_head(g), i % 2
 
-        def source_of(hbm, place):
-            if plan.form == "tokens":
-                return hbm.at[table, place]
-            if plan.form == "words":
-                hbm = hbm if plan.paired_outside else hbm.bitcast(jnp.int32)
-            line = head // 2 if plan.form == "words" else head
-            return hbm.at[table, place, pl.ds(line, 1)]
+        lines = pl.ds(head // 2 if plan.paired else head, 1)
 
-        def fetch(j, carry):
-            place = jnp.maximum(refs.places[i % _LIST_BUFFERS, 0, j], 0)
-            target = j if plan.form == "tokens" else pl.ds(j, 1)
-            for hbm, rows, arrived in (
-                (refs.key, refs.key_rows, refs.key_arrived),
-                (refs.value, refs.value_rows, refs.value_arrived),
-            ):
-                pltpu.make_async_copy(
-                    source_of(hbm, place), rows.at[buffer, target], arrived.at[buffer]
-                ).start()
+        def streams_of(hbm, rows, arrived):
+            if plan.paired and not plan.paired_outside:
+                hbm = hbm.bitcast(jnp.int32)
+            _, pieces, _, width = rows.shape
+            for piece in range(pieces):
+                own = slice(None) if plan.form == "tokens" else lines
+                source = hbm.at[table, :, own, pl.ds(piece * width, width)]
+                yield source, rows.at[buffer, piece], arrived.at[buffer]
+
+        streams = (
+            *streams_of(refs.key, refs.key_rows, refs.key_arrived),
+            *streams_of(refs.value, refs.value_rows, refs.value_arrived),
+        )
+
+        def fetch(turn, carry):
+            first = pl.multiple_of(turn * plan.unroll, plan.unroll)
+            # A view of the turn's own places: what is constant in their addresses is not computed again for each.
+            places = refs.places.at[i % _LIST_BUFFERS, 0, pl.ds(first, plan.unroll)]
+            for j in range(plan.unroll):
+                place = places[j] & ~_MASKED  # masked slots fetch row 0
+                for source, rows, arrived in streams:
+                    target = rows.at[lines_of(first + j)]
+                    pltpu.make_async_copy(source.at[place], target, arrived).start()
             return carry
 
-        lax.fori_loop(0, plan.part, fetch, 0, unroll=plan.unroll)
+        lax.fori_loop(0, plan.part // plan.unroll, fetch, 0)
 
     def wait_for(rows, arrived, i):
         # One wait for all rows of the part: a semaphore counts bytes.
@@ -168,39 +206,47 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         def blank(j, carry):
             @pl.when(refs.places[i % _LIST_BUFFERS, 0, j] < 0)
             def _clear():
-                at = (i % 2, j) if plan.form == "tokens" else (i % 2, pl.ds(j, 1))
+                at = i % 2, slice(None), lines_of(j)
                 refs.value_rows[at] = jnp.zeros_like(refs.value_rows[at])
 
             return carry
 
         lax.fori_loop(0, plan.part, blank, 0)
 
+    def head_of(words, odd):
+        """Returns one head of two, [R, size]; the lower half of a word is the even one's."""
+        # Bits in the upper half of a float32 are a bfloat16.
+        bits = lax.shift_left(words, jnp.full(words.shape, _HALF * (1 - odd), jnp.int32))
+        bits = bits & ~((1 << _HALF) - 1)
+        return lax.bitcast_convert_type(bits, jnp.float32).astype(plan.dtype)
+
     def by_head(rows, i, g):
-        """Returns the part's rows of each key/value head that the list serves: arrays [R, size]."""
-        block = rows[i % 2]
-        if plan.form == "tokens":
-            block = jnp.swapaxes(block, 0, 1)
-            return [block[head] for head in range(plan.num_kv_heads)]
-        if plan.form == "words":
-            # The lower half of a word is the even head; bits in the upper half of a float32 are a bfloat16.
-            half = lax.broadcast(_HALF * (kv_head(g) % 2), block.shape)
-            word = lax.shift_right_logical(block, half)
-            word = lax.shift_left(word, jnp.full_like(word, _HALF))
-            block = lax.bitcast_convert_type(word, jnp.float32).astype(plan.dtype)
-        return [block]
+        """Yields the part's rows of each key/value head that the list serves, [R, size]."""
+        for line in range(plan.lines):
+            # A token's lines lie together, so that a head's are some apart.
+            own = pl.ds(line, plan.part, stride=plan.lines)
+            # Of one type, as an interpreter wants the numbers beside a strided slice.
+            pieces = [rows[i % 2, jnp.int32(piece), own] for piece in range(rows.shape[1])]
+            block = jnp.concatenate(pieces, axis=1)
+            if not plan.paired:
+                yield block
+            elif plan.form == "words":
+                yield head_of(block, kv_head(g) % 2)
+            else:
+                for odd in range(min(2, plan.num_kv_heads - 2 * line)):
+                    yield head_of(block, odd)
 
     def of_own_head(products):
         """Takes each query head's rows from the product with its own key/value head."""
-        each = heads // len(products)
-        result = products[0]
-        for head, product in enumerate(products[1:], 1):
-            own = tpu_tiles.rows_between(result.shape, head * each, (head + 1) * each)
+        each = heads // plan.heads_of_a_slot
+        result = next(products)
+        for head, product in enumerate(products, 1):
+            own = tpu_tiles.rows_between(product.shape, head * each, (head + 1) * each)
             result = jnp.where(own, product, result)
         return result
 
-    def attend(i, at):
-        g, part = at
-        first_head = pl.ds(g * heads, heads) if plan.num_lists > 1 else slice(None)
+    def attend(i):
+        g, part = split(refs.taken[i % _LIST_BUFFERS])
 
         @pl.when(part == 0)
         def _begin():
@@ -210,9 +256,9 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
 
         slots = refs.slots[i % _LIST_BUFFERS]
         wait_for(refs.key_rows, refs.key_arrived, i)
-        query = refs.query[0, first_head, :].astype(plan.dtype)
+        query = refs.query[0, g].astype(plan.dtype)
         keys = by_head(refs.key_rows, i, g)
-        score = of_own_head([tpu_tiles.dot(query, key, (1, 1)) for key in keys])
+        score = of_own_head(tpu_tiles.dot(query, key, (1, 1)) for key in keys)
         listed = lax.broadcast_in_dim(slots >= 0, score.shape, (0, 1))
         score = jnp.where(listed, plan.scale * score, -jnp.inf)
         before = refs.m[...]
@@ -226,7 +272,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         wait_for(refs.value_rows, refs.value_arrived, i)
         pl.when(jnp.min(slots) < 0)(lambda: blank_masked_values(i))
         values = by_head(refs.value_rows, i, g)
-        added = of_own_head([tpu_tiles.weigh(p, value, (1, 0)) for value in values])
+        added = of_own_head(tpu_tiles.weigh(p, value, (1, 0)) for value in values)
         refs.acc[...] = shrink * refs.acc[...] + added
 
         @pl.when(part + 1 == parts_of(g))
@@ -234,25 +280,19 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
             total = refs.total[...]
             empty = total == 0
             quotient = refs.acc[...] / jnp.where(empty, 1.0, total)
-            refs.out[0, first_head, :] = jnp.where(empty, 0.0, quotient)
+            refs.out[0, g] = jnp.where(empty, 0.0, quotient)
+            first_head = pl.ds(g * heads, heads) if plan.num_lists > 1 else slice(None)
             refs.lse_column[first_head, :] = online_softmax.log_sum_exp(refs.m[...], total)
 
-    steps = lax.fori_loop(0, plan.num_lists, lambda g, n: n + parts_of(g), jnp.int32(0))
-    begin = jnp.int32(0), jnp.int32(0)
-    second = following(begin)
-    start_list(0, begin)
-    pl.when(steps > 1)(lambda: start_list(1, second))
-    start_rows(0, begin)
+    steps = refs.parts[0, 0, plan.num_lists]
 
-    def step(i, carry):
-        at, ahead = carry
-        after = following(ahead)
+    def step(i, after):
         pl.when(i + 2 < steps)(lambda: start_list(i + 2, after))
-        pl.when(i + 1 < steps)(lambda: start_rows(i + 1, ahead))
-        attend(i, at)
-        return ahead, after
+        pl.when((i + 1 >= 0) & (i + 1 < steps))(lambda: start_rows(i + 1))
+        pl.when(i >= 0)(lambda: attend(i))
+        return following(after)
 
-    lax.fori_loop(0, steps, step, (begin, second))
+    lax.fori_loop(-2, steps, step, jnp.int32(0))
     refs.lse[0] = as_row(refs.lse_column[...])
 
 
@@ -292,7 +332,7 @@ def _attend(query, key, value, indices, scale, part: int):
     form = _form(k, scopes, dtype)
     most_parts = pl.cdiv(size, part)
     # The simulators do not know the view of bfloat16 as words, so that there the words are made beforehand.
-    paired_outside = form == "words" and options is not None
+    paired_outside = dtype != jnp.float32 and options is not None
     plan = _Plan(
         num_rows=t,
         num_heads=n,
@@ -307,11 +347,13 @@ def _attend(query, key, value, indices, scale, part: int):
         dtype=dtype,
     )
     ends = jnp.max(jnp.where(indices >= 0, jnp.arange(1, size + 1, dtype=jnp.int32), 0), axis=-1)
+    parts = jnp.maximum(pl.cdiv(ends, jnp.int32(part)), 1).reshape(b * t, 1, scopes)
     padding = most_parts * part - size
-    lists = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=-1)
+    lists = jnp.where(indices < 0, _MASKED, indices)
+    lists = jnp.pad(lists, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=_MASKED)
     operands = {
-        "parts": jnp.maximum(pl.cdiv(ends, jnp.int32(part)), 1).reshape(b * t, 1, scopes),
-        "query": query.astype(jnp.float32).reshape(b * t, n, h),
+        "parts": jnp.concatenate([parts, parts.sum(2, keepdims=True, dtype=jnp.int32)], axis=2),
+        "query": query.astype(jnp.float32).reshape(b * t, scopes, n // scopes, h),
         "lists": lists.reshape(-1, 1, part),
         "key": _as_words(key) if paired_outside else key,
         "value": _as_words(value) if paired_outside else value,
@@ -321,15 +363,18 @@ def _attend(query, key, value, indices, scale, part: int):
 
 
 def _launch(operands, plan: _Plan, *, value_head: int):
-    """Returns out [B * T, N, V] and lse [B * T, 1, N], both float32."""
-    rows, n, h = operands["query"].shape
-    part, k, itemsize = plan.part, plan.num_kv_heads, plan.dtype.itemsize
+    """Returns out [B * T, G, Q, V] and lse [B * T, 1, N], both float32."""
+    rows, _, _, h = operands["query"].shape
+    n = plan.num_heads
+    part, k = plan.part, plan.num_kv_heads
     f32, i32 = jnp.float32, jnp.int32
-    held = i32 if plan.form == "words" else plan.dtype
-    of_token = lambda size: (part, k, size) if plan.form == "tokens" else (part, size)
-    key_rows, value_rows = (2, *of_token(h)), (2, *of_token(value_head))
+    held = i32 if plan.paired else f32
+    key_rows, value_rows = (
+        (2, size // _piece(size), part * plan.lines, _piece(size)) for size in (h, value_head)
+    )
     heads = plan.heads_of_a_list
     scratch = {
+        "taken": pltpu.SMEM((_LIST_BUFFERS,), i32),
         "places": pltpu.SMEM((_LIST_BUFFERS, 1, part), i32),
         "slots": pltpu.VMEM((_LIST_BUFFERS, 1, part), i32),
         "key_rows": pltpu.VMEM(key_rows, held),
@@ -344,7 +389,7 @@ def _launch(operands, plan: _Plan, *, value_head: int):
         "value_arrived": pltpu.SemaphoreType.DMA((2,)),
     }
     out_shape = {
-        "out": jax.ShapeDtypeStruct((rows, n, value_head), f32),
+        "out": jax.ShapeDtypeStruct((rows, plan.num_lists, heads, value_head), f32),
         "lse": jax.ShapeDtypeStruct((rows, 1, n), f32),
     }
 
@@ -352,13 +397,17 @@ def _launch(operands, plan: _Plan, *, value_head: int):
         if name in ("lists", "key", "value"):
             return pl.BlockSpec(memory_space=pl.ANY)
         space = pltpu.SMEM if name == "parts" else None
-        return pl.BlockSpec((1, *shape[1:]), lambda i: (i, 0, 0), memory_space=space)
+        return pl.BlockSpec(
+            (1, *shape[1:]), lambda i: (i, *(0 for _ in shape[1:])), memory_space=space
+        )
 
-    # A part is in two buffers, and twice more while its heads are taken apart or shifted out of their words.
+    # A part is in two buffers; query, output and its sums are in two as well.
     tiles = tpu_tiles.tiled_size(key_rows) + tpu_tiles.tiled_size(value_rows)
-    needed = 2 * jnp.dtype(held).itemsize * tiles + 4 * n * (h + value_head + 2 * LANES)
+    shown = sum(
+        tpu_tiles.tiled_size((plan.num_lists, heads, size)) for size in (h, value_head, value_head)
+    )
+    needed = 8 * tiles + 8 * shown + 8 * n * LANES
     slots = rows * plan.num_lists * plan.most_parts * part
-    fetched = {"tokens": k * itemsize, "rows": itemsize, "words": 2 * itemsize}[plan.form]
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan, names=(*operands, *out_shape, *scratch)),
         out_shape=list(out_shape.values()),
@@ -377,7 +426,7 @@ def _launch(operands, plan: _Plan, *, value_head: int):
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * slots * plan.heads_of_a_list * (h + value_head),
-            bytes_accessed=slots * (fetched * (h + value_head) + 8),
+            bytes_accessed=slots * (4 * plan.lines * (h + value_head) + 8),
             transcendentals=slots * plan.heads_of_a_list,
         ),
         interpret=compat.tpu_interpret(interpret_options()),

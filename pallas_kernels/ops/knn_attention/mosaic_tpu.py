@@ -18,7 +18,7 @@ from pallas_kernels.ops.topk_select.fused_tpu import SUBLANES, Layout, Scorer
 from pallas_kernels.ops.topk_select.mosaic_tpu import LANES
 
 _OP = "knn_indices"
-_TILE_KEYS = 512
+_TILE_REGISTERS = 5  # of keys scored together, at most; they hide each other's latency
 
 
 def _prepare(refs, row_block):
@@ -78,7 +78,8 @@ def knn_indices(query_positions, key_positions, *, neighbours, key_valid, block_
     padded = layout.row_blocks * layout.rows
     query = jnp.pad(query, ((0, 0), (0, padded - t), (0, 0)))
     query = query.reshape(b, layout.row_blocks, layout.rows, p)
-    width = next(w for w in (_TILE_KEYS, 2 * LANES, LANES) if layout.block_kv % w == 0)
+    registers = layout.block_kv // LANES
+    width = LANES * next(n for n in range(_TILE_REGISTERS, 0, -1) if registers % n == 0)
     scorer = Scorer(
         name=f"{_OP}_p{p}",
         rows={

@@ -9,14 +9,14 @@ from pallas_kernels.core import checks, dispatch, paging, quantization
 from pallas_kernels.core.pooling import POOLINGS, SCOPES
 from pallas_kernels.core.quantization import QuantizedKeys
 from pallas_kernels.core.selection import TopKSelection
-from pallas_kernels.ops.topk_decode_attention import mosaic_tpu, quantized_gpu, reference, xla
+from pallas_kernels.ops.topk_decode_attention import quantized_gpu, quantized_tpu, reference, xla
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 
 _OP = "topk_decode_attention"
 _TABLE = {
     "reference": reference.topk_decode_attention,
     "xla": xla.topk_decode_attention,
-    "mosaic_tpu": mosaic_tpu.topk_decode_attention,
+    "mosaic_tpu": quantized_tpu.topk_decode_attention,
     "mosaic_gpu": quantized_gpu.topk_decode_attention,
 }
 

@@ -7,7 +7,7 @@
    fetches each head's own scores at the shared places after, both in XLA.
 3. `_attend_kernel`: a block takes parts of one head's list, reads their value rows straight into registers, all rows of a part in
    flight together, and adds them up with their weights.
-4. `_merge_kernel` merges the splits' (max, sum, accumulator) by log-sum-exp.
+4. The splits' (max, sum, accumulator) are merged by log-sum-exp.
 
 Every later step reads the scores that step 1 wrote, so the set and the softmax cannot disagree. Additions are in an order that
 depends on shapes alone: two runs give the same bits.
@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, gpu_lanes, masks, paging, selection
+from pallas_kernels.core import compat, gpu_lanes, gpu_merge, masks, paging, selection
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of
 from pallas_kernels.core.interpret import interpret_options
@@ -45,11 +45,18 @@ _LANES = 128  # lanes of a warpgroup
 _PART = 128  # listed keys that the attend kernel takes at a time
 _SPLIT_KEYS = 4096  # scored by one block
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
-_MERGE_AT_ONCE = 16  # splits whose parts are read together
 _ATTEND_BLOCKS = 2112  # and of the attend kernel, which mostly waits for memory: sixteen
 _MAX_HEAD_SIZE = 256
 _QUERY_REGISTERS = 96  # registers a lane may spend on keeping the group's queries
 _SWIZZLE = 128  # bytes
+
+
+def _range_of(b: int, num_keys: int, lengths, window):
+    """Returns start and end as the kernels take them: [B] i32 to be cut to the keys there are, or None for the first and last."""
+    if window is None:
+        return None, lengths
+    end = jnp.full((b,), num_keys) if lengths is None else jnp.clip(lengths, 0, num_keys)
+    return jnp.maximum(end - window, 0), end
 
 
 def _visible_of(start_ref, end_ref, b, limit: int):
@@ -291,52 +298,6 @@ def _attend_kernel(
     total_ref[split, b, head] = jnp.sum(total)
 
 
-def _merge_kernel(
-    # inputs, global memory
-    acc_ref,  # [splits, B, N, row] f32
-    m_ref,  # [splits, B, N] f32
-    total_ref,  # [splits, B, N] f32
-    # outputs, global memory
-    out_ref,  # [B, N, row]
-    lse_ref,  # [B, N] f32
-    *,
-    splits: int,
-):
-    b, head = lax.axis_index("batch"), lax.axis_index("head")
-    row = acc_ref.shape[3]
-    layout = plgpu.Layout.WG_STRIDED((row,), vec_size=row // _LANES)
-
-    def fold(init, use):
-        """carry = use(split, carry) over the splits, the reads of some of them under way together."""
-
-        def some(group, carry):
-            for i in range(min(_MERGE_AT_ONCE, splits)):
-                split = group * _MERGE_AT_ONCE + i
-                carry = use(jnp.minimum(split, splits - 1), split < splits, carry)
-            return carry
-
-        return lax.fori_loop(0, pl.cdiv(splits, _MERGE_AT_ONCE), some, init)
-
-    top = fold(
-        jnp.float32(-jnp.inf), lambda split, _, top: jnp.maximum(top, m_ref[split, b, head])
-    )
-    shift = jnp.where(top == -jnp.inf, 0.0, top)
-
-    def add(split, real, carry):
-        acc, total = carry
-        part = plgpu.load(acc_ref.at[split, b, head], layout=layout, optimized=False)
-        m = m_ref[split, b, head]
-        weight = jnp.where(real & (m != -jnp.inf), jnp.exp(m - shift), 0.0)
-        return acc + spread(weight) * part, total + weight * total_ref[split, b, head]
-
-    spread = lambda x: plgpu.layout_cast(lax.broadcast(x, (row,)), layout)
-    acc, total = fold((spread(jnp.float32(0)), jnp.float32(0)), add)
-    empty = total == 0  # and so is the sum
-    safe = jnp.where(empty, 1.0, total)
-    out_ref[b, head] = (acc / spread(safe)).astype(out_ref.dtype)
-    lse_ref[b, head] = jnp.where(empty, -jnp.inf, shift + jnp.log(safe))
-
-
 def _check(query, key, value, block_sizes):
     dtype = query.dtype.name
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -408,10 +369,7 @@ def topk_decode_attention(
     b, n, h = query.shape
     k = value.shape[2]
     num_keys = value.shape[1] if table is None else table.shape[1] * page
-    start, end = None, lengths
-    if window is not None:
-        end = jnp.full((b,), num_keys) if lengths is None else jnp.clip(lengths, 0, num_keys)
-        start = jnp.maximum(end - window, 0)
+    start, end = _range_of(b, num_keys, lengths, window)
     sizes = _sizes(query, num_keys, k, topk, block_sizes)
     scores = _scores(query, key, start, end, scale, sizes.num_splits, table)
     padded = scores.shape[2]
@@ -554,15 +512,5 @@ def _attend(scores, places, counts, value, wanted):
         kernel_name=f"topk_decode_attend_v{v_size}",
         interpret=compat.gpu_interpret(options),
     )(widen(places), widen(scores), counts, value)
-    out, lse = plgpu.kernel(
-        functools.partial(_merge_kernel, splits=splits),
-        out_type=[
-            jax.ShapeDtypeStruct((b, n, row), value.dtype),
-            jax.ShapeDtypeStruct((b, n), jnp.float32),
-        ],
-        grid=(b, n),
-        grid_names=("batch", "head"),
-        kernel_name=f"topk_decode_merge_{splits}",
-        interpret=compat.gpu_interpret(options),
-    )(acc, m, total)
+    out, lse = gpu_merge.merge_splits(acc, m, total, value.dtype)
     return out[..., :v_size], lse

@@ -11,6 +11,9 @@ product (a product costs the loading of its keys, not its few rows) and keeps th
 any size need no packing. Products accumulate in float32; float32 inputs are multiplied in full precision, bfloat16 weights
 as the sum of two bfloat16 parts.
 
+A head's rows leave a block of [S, K, H] by strided loads where K and H fill tiles; elsewhere a few tokens at a time are
+swapped into a buffer of whole heads. Either way registers hold the tiles of one head, so that loops over bfloat16 spill none.
+
 The cache is read in the layout that XLA itself gives it at a program's edge, so that no copy is made: [S, K, H] as it is
 where K and H fill tiles, else [K, S, H], or [K, H, S] where H would leave lanes empty. An S that is not a multiple of 128 can
 be cut into blocks in the first layout only, and XLA copies the others into it: keep the capacity a multiple of 128.
@@ -34,11 +37,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, masks, online_softmax, paging, selection, tpu_tiles
+from pallas_kernels.core import compat, masks, paging, selection, tpu_tiles
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, round_up
+from pallas_kernels.ops.topk_decode_attention import pooling_tpu
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
 from pallas_kernels.ops.topk_select.mosaic_tpu import (
     check_vmem,
@@ -47,7 +51,8 @@ from pallas_kernels.ops.topk_select.mosaic_tpu import (
 )
 
 _OP = "topk_decode_attention"
-_PIECE = LANES  # keys whose heads are taken apart at a time
+_PIECE = LANES  # keys that one product takes
+_SWAPPED = 2 * SUBLANES  # keys whose heads are swapped in registers at a time, a tile of bfloat16
 _BLOCK_BYTES = 1 << 20  # one block of keys; two are in flight
 
 
@@ -75,6 +80,8 @@ class _Refs:
     pooled: jax.Ref | None = None  # [Q, blocks * block_kv] i32, VMEM: order keys of a shared scope
     key_blocks: jax.Ref  # [2, ...], VMEM
     value_blocks: jax.Ref
+    key_heads: jax.Ref | None = None  # [K, 128, H], VMEM: a piece of [S, K, H], head by head
+    value_heads: jax.Ref | None = None
     acc: jax.Ref  # [R, V] f32, VMEM, sum of the weighted values
     poison: jax.Ref  # [R, V] f32, VMEM: how many non-finite values each output would take in
     held: jax.Ref  # [blocks] i32, SMEM: blocks that hold a selected key
@@ -96,6 +103,8 @@ class _Plan:
     chunk: int  # keys that one step of a pass over the scores takes
     key_axis: int  # where S stands among the three axes of a sequence's keys
     value_axis: int
+    key_by_stride: bool  # whether each head's keys are read straight from an [S, K, H] block
+    value_by_stride: bool
     scale: float
     pooling: str
 
@@ -149,21 +158,21 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         def for_each_page(i, act, *, page: int, table):
             block, slot = block_at(i), i % 2
             size = math.gcd(page, plan.block_kv)  # a block may be shorter than a page
+            base = block * plan.block_kv
+            # Of the first and the last block, only the pages that hold a visible key.
+            first = jnp.maximum(begin - base, 0) // size
+            last = pl.cdiv(jnp.minimum(end - base, plan.block_kv), jnp.int32(size))
+            at = lambda start: _at(axis, pl.ds(pl.multiple_of(start, size), size))
 
             def copy(j, carry):
-                token = block * plan.block_kv + j * size
-
-                @pl.when((token < end) & (token + size > begin))
-                def _visible():
-                    in_page, in_block = token % page, j * size
-                    at = lambda start: _at(axis, pl.ds(pl.multiple_of(start, size), size))
-                    source = hbm.at[table[0, 0, token // page]].at[at(in_page)]
-                    target = buffers.at[slot].at[at(in_block)]
-                    act(pltpu.make_async_copy(source, target, arrived.at[slot]))
-
+                token = base + j * size
+                source = hbm.at[table[0, 0, token // page]]
+                source = source if size == page else source.at[at(token % page)]
+                target = buffers.at[slot].at[at(j * size)]
+                act(pltpu.make_async_copy(source, target, arrived.at[slot]))
                 return carry
 
-            lax.fori_loop(0, plan.block_kv // size, copy, 0)
+            lax.fori_loop(first, last, copy, 0)
 
         def for_each_piece(i, act):
             # The last block of an uneven S is shorter, and a copy's size is static.
@@ -197,18 +206,35 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
     def chunk_of(ref, start, size=plan.chunk):
         return ref[:, pl.ds(pl.multiple_of(start, LANES), size)]
 
-    def scan(step, init):
-        """Runs step(start, carry) over the visited chunks of the score buffer."""
-        body = lambda c, carry: step(c * plan.chunk, carry)
-        return lax.fori_loop(first_block * chunks, (first_block + num_visited) * chunks, body, init)
-
     def for_each_piece_of(step, carry):
-        """Runs step(offset, carry) over a block, in pieces whose heads can be taken apart in registers."""
+        """Runs step(offset, carry) over the pieces of a block."""
         body = lambda i, carry: step(pl.multiple_of(i * _PIECE, _PIECE), carry)
         return lax.fori_loop(0, plan.block_kv // _PIECE, body, carry)
 
-    def heads_of(blocks, slot, offset, axis):
-        return _heads(blocks[(slot, *_at(axis, pl.ds(offset, _PIECE)))], axis)
+    def heads_of(blocks, apart, slot, offset, axis, *, by_stride: bool):
+        """Returns what loads a head's part of a piece, [keys, H], or [H, keys] where `axis` is 2; a static head if by stride."""
+        if axis > 0:
+            piece = _at(axis, pl.ds(offset, _PIECE))[1:]
+            return lambda head: blocks[(slot, head, *piece)]
+        if by_stride:
+            return lambda head: tpu_tiles.load_head(blocks, slot, offset, _PIECE, head)
+
+        def take_apart(i, carry):
+            start = pl.multiple_of(i * _SWAPPED, _SWAPPED)
+            tokens = blocks[slot, pl.ds(pl.multiple_of(offset + start, _SWAPPED), _SWAPPED)]
+            apart[:, pl.ds(start, _SWAPPED)] = jnp.swapaxes(tokens, 0, 1)
+            return carry
+
+        lax.fori_loop(0, _PIECE // _SWAPPED, take_apart, 0)
+        return lambda head: apart[head]
+
+    def keys_of(slot, offset):
+        source = refs.key_blocks, refs.key_heads, slot, offset, plan.key_axis
+        return heads_of(*source, by_stride=plan.key_by_stride)
+
+    def values_of(slot, offset, *, by_stride: bool = plan.value_by_stride):
+        source = refs.value_blocks, refs.value_heads, slot, offset, plan.value_axis
+        return heads_of(*source, by_stride=by_stride)
 
     def of_own_head(products):
         """Takes each row from the product with its own key/value head."""
@@ -220,11 +246,11 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
 
     def score_block(block, slot, carry):
         def score_piece(offset, carry):
-            keys = heads_of(refs.key_blocks, slot, offset, plan.key_axis)
+            keys = keys_of(slot, offset)
             contract = (1, 0 if plan.key_axis == 2 else 1)
             heads = range(plan.num_kv_heads)
             score = of_own_head(
-                [tpu_tiles.dot(refs.query[0], keys[head], contract) for head in heads]
+                [tpu_tiles.dot(refs.query[0], keys(head), contract) for head in heads]
             )
             start = pl.multiple_of(block * plan.block_kv + offset, LANES)
             index = start + lax.broadcasted_iota(jnp.int32, score.shape, 1)
@@ -246,53 +272,17 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
             rows = jnp.where(own, jnp.broadcast_to(per_pool[g : g + 1], shape), rows)
         return rows
 
-    def maximum_of(order, best):
-        return jnp.maximum(best, jnp.max(order, axis=1, keepdims=True))
+    def fold(x, combine):
+        """Combines the registers of each row: [R, chunk] -> [R, 128], nothing crosses a lane."""
+        parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+        return functools.reduce(combine, parts)
 
     def finite_score(order):
         """Returns the score of a row's largest order key, 0 where that is -inf or there is none."""
         score = selection.key_to_score(order)
         return jnp.where((order == selection.DEAD) | (score == -jnp.inf), 0.0, score)
 
-    no_order = jnp.full((num_rows, 1), selection.DEAD, jnp.int32)
-
-    def pool(pooled_ref):
-        best = scan(lambda start, best: maximum_of(chunk_of(refs.scores, start), best), no_order)
-        m = finite_score(best)
-
-        def add(start, total):
-            order = chunk_of(refs.scores, start)
-            p = jnp.where(order == selection.DEAD, 0.0, jnp.exp(selection.key_to_score(order) - m))
-            return total + jnp.sum(p, axis=1, keepdims=True)
-
-        lse = full((num_rows, 1), 0)
-        if plan.pooling.startswith("prob"):
-            total = scan(add, full((num_rows, 1), 0))
-            lse = m + jnp.log(jnp.where(total == 0, 1.0, total))
-
-        def pool_chunk(start, carry):
-            order = chunk_of(refs.scores, start)
-            score = selection.key_to_score(order) - lse
-            pooled = jnp.full((pooled_ref.shape[0], plan.chunk), selection.DEAD, jnp.int32)
-            for g in range(plan.num_sets):
-                own = tpu_tiles.rows_between(order.shape, g * per_set, (g + 1) * per_set)
-                value = _pool_rows(score, own, per_set, plan.pooling)
-                dead = (
-                    jnp.max(jnp.where(own & (order == selection.DEAD), 1, 0), axis=0, keepdims=True)
-                    > 0
-                )
-                # A pool that one head sees as not a number has no rank, like a score that is not one.
-                value = selection.order_key(value)
-                value = jnp.where(dead | (value == selection.NAN), selection.DEAD, value)
-                pooled = jnp.where(
-                    tpu_tiles.rows_between(pooled.shape, g, g + 1),
-                    jnp.broadcast_to(value, pooled.shape),
-                    pooled,
-                )
-            pooled_ref[:, pl.ds(pl.multiple_of(start, LANES), plan.chunk)] = pooled
-            return carry
-
-        scan(pool_chunk, 0)
+    no_order = jnp.full((num_rows, LANES), selection.DEAD, jnp.int32)
 
     def kept_in(start, size=plan.chunk):
         """Returns the mask of selected keys among `size` of them, [R, size]."""
@@ -305,16 +295,16 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
     def list_block(i, carry):
         count, best = carry
         block = first_block + i
-        hits = jnp.zeros((num_rows, 1), jnp.int32)
-        for offset in range(0, plan.block_kv, plan.chunk):
-            start = block * plan.block_kv + offset
+
+        def take(c, best):
+            start = block * plan.block_kv + c * plan.chunk
             order = jnp.where(kept_in(start), chunk_of(refs.scores, start), selection.DEAD)
-            best = maximum_of(order, best)
-            hits = jnp.maximum(
-                hits, jnp.max(jnp.where(order == selection.DEAD, 0, 1), axis=1, keepdims=True)
-            )
+            return jnp.maximum(best, fold(order, jnp.maximum))
+
+        best_here = lax.fori_loop(0, chunks, take, no_order)
         refs.held[count] = block
-        return count + jnp.max(hits), best
+        hit = jnp.max(jnp.where(best_here == selection.DEAD, 0, 1))
+        return count + hit, jnp.maximum(best, best_here)
 
     def attend_block(block, slot, total):
         contract = (1, 1 if plan.value_axis == 2 else 0)
@@ -324,33 +314,36 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
             kept = kept_in(start, _PIECE)
             score = selection.key_to_score(chunk_of(refs.scores, start, _PIECE))
             p = jnp.where(kept, jnp.exp(score - m), 0.0)
-            values = heads_of(refs.value_blocks, slot, offset, plan.value_axis)
+            values = values_of(slot, offset)
             heads = range(plan.num_kv_heads)
-            added = of_own_head([tpu_tiles.weigh(p, values[head], contract) for head in heads])
+            added = of_own_head([tpu_tiles.weigh(p, values(head), contract) for head in heads])
             # 0 * NaN is NaN: what no row of a head keeps may hold anything. A finite sum proves that nothing did.
             finite = jnp.isfinite(added)
             refs.acc[...] += jnp.where(finite, added, 0.0)
 
             @pl.when(jnp.max(jnp.where(finite, 0.0, 1.0)) > 0)
             def _add_the_finite():
-                values = heads_of(refs.value_blocks, slot, offset, plan.value_axis)
-                sums, hits = [], []
-                for head in heads:
-                    value = values[head].astype(jnp.float32)
-                    usable = jnp.isfinite(value)
-                    clean = jnp.where(usable, value, 0.0).astype(values.dtype)
-                    sums.append(tpu_tiles.weigh(p, clean, contract))
-                    hits.append(
-                        tpu_tiles.dot(
-                            jnp.where(kept, 1.0, 0.0).astype(jnp.bfloat16),
-                            jnp.where(usable, 0.0, 1.0).astype(jnp.bfloat16),
-                            contract,
-                        )
-                    )
-                refs.acc[...] += jnp.where(finite, 0.0, of_own_head(sums))
-                refs.poison[...] += of_own_head(hits)
+                # Too rare to be worth the code of a loop unrolled, so the head is traced.
+                values = values_of(slot, offset, by_stride=False)
 
-            return total + jnp.sum(p, axis=1, keepdims=True)
+                def add_head(head, carry):
+                    value = values(head).astype(jnp.float32)
+                    usable = jnp.isfinite(value)
+                    clean = jnp.where(usable, value, 0.0).astype(refs.value_blocks.dtype)
+                    sums = tpu_tiles.weigh(p, clean, contract)
+                    hits = tpu_tiles.dot(
+                        jnp.where(kept, 1.0, 0.0).astype(jnp.bfloat16),
+                        jnp.where(usable, 0.0, 1.0).astype(jnp.bfloat16),
+                        contract,
+                    )
+                    own = tpu_tiles.rows_between(sums.shape, head * per_head, (head + 1) * per_head)
+                    refs.acc[...] += jnp.where(own & ~finite, sums, 0.0)
+                    refs.poison[...] += jnp.where(own, hits, 0.0)
+                    return carry
+
+                lax.fori_loop(0, plan.num_kv_heads, add_head, 0)
+
+            return total + p
 
         return for_each_piece_of(attend_piece, total)
 
@@ -367,7 +360,16 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         0,
     )
     if refs.pooled is not None:
-        pool(refs.pooled)
+        pooling_tpu.pool_order_keys(
+            refs.scores,
+            refs.pooled,
+            first_block * chunks,
+            (first_block + num_visited) * chunks,
+            chunk=plan.chunk,
+            num_sets=plan.num_sets,
+            per_set=per_set,
+            pooling=plan.pooling,
+        )
     count, threshold, tie_cut = select_rows(
         ranked,
         refs.budget[0],
@@ -383,7 +385,7 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         leaving.start()
 
     num_held, best = lax.fori_loop(0, num_visited, list_block, (jnp.int32(0), no_order))
-    m = finite_score(best)
+    m = finite_score(jnp.max(best, axis=1, keepdims=True))
     total = stream(
         refs.value,
         refs.value_blocks,
@@ -392,8 +394,9 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
         num_held,
         lambda i: refs.held[i],
         attend_block,
-        full((num_rows, 1), 0),
+        full((num_rows, _PIECE), 0),
     )
+    total = jnp.sum(total, axis=1, keepdims=True)
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
     out = jnp.where(refs.poison[...] > 0, jnp.nan, refs.acc[...] / safe)
@@ -401,18 +404,6 @@ def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
     refs.lse[0] = jnp.where(empty, -jnp.inf, m + jnp.log(safe))
     if leaving is not None:
         leaving.wait()
-
-
-def _pool_rows(score, own, size: int, pooling: str):
-    """Pools the rows of `own` into one: [R, n] -> [1, n]; logsumexp for "prob_sum", as the scores are log-probabilities."""
-    if pooling == "score_mean":
-        return jnp.sum(jnp.where(own, score, 0.0), axis=0, keepdims=True) / size
-    best = jnp.max(jnp.where(own, score, -jnp.inf), axis=0, keepdims=True)
-    if pooling != "prob_sum":
-        return best
-    safe = online_softmax.finite_max(best)
-    total = jnp.sum(jnp.where(own, jnp.exp(score - safe), 0.0), axis=0, keepdims=True)
-    return online_softmax.log_sum_exp(safe, total)
 
 
 def _block_kv(b: int, s: int, k: int, h: int, dtype, block_sizes) -> int:
@@ -474,6 +465,11 @@ def topk_decode_attention(
     rows, sets = round_up(n, SUBLANES), round_up(num_sets, SUBLANES)
     shared = per_set > 1
     block_kv = _block_kv(b, s, k, h, query.dtype, block_sizes)
+    key_axis = _key_axis(capacity, k, h, key.dtype)
+    value_axis = _key_axis(capacity, k, v, value.dtype)
+    # The device simulator reads no other view of a buffer than its own.
+    options = interpret_options()
+    strides = options is None or not options.simulate
     plan = _Plan(
         num_heads=n,
         num_kv_heads=k,
@@ -482,8 +478,10 @@ def topk_decode_attention(
         page=page,
         block_kv=block_kv,
         chunk=chunk_width(rows, block_kv),
-        key_axis=_key_axis(capacity, k, h, key.dtype),
-        value_axis=_key_axis(capacity, k, v, value.dtype),
+        key_axis=key_axis,
+        value_axis=value_axis,
+        key_by_stride=strides and key_axis == 0 and tpu_tiles.is_strided(k, h, key.dtype),
+        value_by_stride=strides and value_axis == 0 and tpu_tiles.is_strided(k, v, value.dtype),
         scale=scale,
         pooling=pooling,
     )
@@ -543,11 +541,17 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
         return tuple(plan.block_kv if i == axis else size for i, size in enumerate(hbm.shape[1:]))
 
     key_block, value_block = block_shape(key, plan.key_axis), block_shape(value, plan.value_axis)
+    apart = {}
+    if plan.key_axis == 0 and not plan.key_by_stride:
+        apart["key_heads"] = plan.num_kv_heads, _PIECE, h
+    if plan.value_axis == 0:
+        apart["value_heads"] = plan.num_kv_heads, _PIECE, value_head
     scratch = {
         "scores": pltpu.VMEM((rows, width), jnp.int32),
         **({"pooled": pltpu.VMEM((sets, width), jnp.int32)} if shared else {}),
         "key_blocks": pltpu.VMEM((2, *key_block), dtype),
         "value_blocks": pltpu.VMEM((2, *value_block), dtype),
+        **{name: pltpu.VMEM(shape, dtype) for name, shape in apart.items()},
         "acc": pltpu.VMEM((rows, value_head), jnp.float32),
         "poison": pltpu.VMEM((rows, value_head), jnp.float32),
         "held": pltpu.SMEM((plan.num_blocks,), jnp.int32),
@@ -575,8 +579,8 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
 
     inputs = {name: x for name, x in operands.items() if name not in ("begins", "ends")}
     paged = "" if plan.page is None else f"_page{plan.page}"
-    # A block is in two buffers, and once more while its heads are taken apart.
-    block_bytes = 3 * itemsize * sum(map(tpu_tiles.tiled_size, (key_block, value_block)))
+    in_buffers = key_block, key_block, value_block, value_block, *apart.values()
+    block_bytes = itemsize * sum(map(tpu_tiles.tiled_size, in_buffers))
     needed = 4 * width * (rows + (sets if shared else 0)) + block_bytes
     return pl.pallas_call(
         functools.partial(
@@ -593,6 +597,8 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=check_vmem(_OP, needed, f"{rows} rows of S={plan.num_keys}"),
+            # Every copy lies within the cache, as lengths and tables were clipped to it.
+            disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
             # Both products, and two operations a score in each of some 40 passes; all of V is the upper bound.

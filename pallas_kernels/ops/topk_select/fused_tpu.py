@@ -167,7 +167,9 @@ def as_row(column):
     return jnp.sum(jnp.where(lane == row, column, 0), axis=0, keepdims=True)
 
 
-def list_rows(keys_ref, out_ref, listed_ref, threshold, tie_cut, num_steps, *, tiles: int):
+def list_rows(
+    keys_ref, out_ref, listed_ref, bounds_ref, counting_ref, threshold, tie_cut, num_steps, *, tiles
+):
     """Lists the kept positions of each row of a buffer in ascending order, -1 at the tail.
 
     A register's kept lanes are packed to its front: lane j moves left by the number of lanes before it that are not kept,
@@ -178,26 +180,32 @@ def list_rows(keys_ref, out_ref, listed_ref, threshold, tie_cut, num_steps, *, t
       keys_ref: int32 [R, W] order keys in VMEM.
       out_ref: int32 [R, L] in VMEM; L a multiple of 128, at least the longest list.
       listed_ref: int32 [R, 128] scratch: how many positions of the row are listed so far, in every lane.
+      bounds_ref: int32 [2, R, 128] scratch: threshold and tie cut, in every lane, where loops find them again.
+      counting_ref: bfloat16 [128, 256] scratch, a matrix of ones and zeros.
       threshold, tie_cut: int32 [R, 1] from `select_rows`; a row that keeps nothing has `NOTHING` and -1.
       num_steps: int32 scalar; only the first `num_steps` x `tiles` registers of a row are read, the others hold nothing.
       tiles: registers of a row that are looked through before it is decided whether there is anything to pack.
     """
     shape = keys_ref.shape[0], LANES
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-    threshold, tie_cut = (jnp.broadcast_to(x, shape) for x in (threshold, tie_cut))
+    for i, bound in enumerate((threshold, tie_cut)):
+        bounds_ref[i] = jnp.broadcast_to(bound, shape)
     # Times 0/1 lanes: how many are set before each lane, and how many in all.
     before, after = (lax.broadcasted_iota(jnp.int32, (LANES, 2 * LANES), axis) for axis in (0, 1))
-    counting = jnp.where((after >= LANES) | (before < after), 1.0, 0.0).astype(jnp.bfloat16)
+    counting = jnp.where((after >= LANES) | (before < after), 1.0, 0.0)
+    counting_ref[...] = counting.astype(counting_ref.dtype)
 
     def kept_in(tile):
         start = pl.multiple_of(tile * LANES, LANES)
-        keys = keys_ref[:, pl.ds(start, LANES)]
+        keys, (threshold, tie_cut) = keys_ref[:, pl.ds(start, LANES)], bounds_ref[...]
         return (keys > threshold) | ((keys == threshold) & (start + lane <= tie_cut))
 
     def merge(tile):
         kept = kept_in(tile)
         ones = jnp.where(kept, 1.0, 0.0).astype(jnp.bfloat16)
-        counts = jnp.dot(ones, counting, preferred_element_type=jnp.float32).astype(jnp.int32)
+        counts = jnp.dot(ones, counting_ref[...], preferred_element_type=jnp.float32).astype(
+            jnp.int32
+        )
         rank, total = counts[:, :LANES], counts[:, LANES:]
         # Seven bits of distance, seven of the lane that it was, and one that says that there is something.
         packed = jnp.where(kept, (1 << 14) | (lane << 7) | (lane - rank), 0)
@@ -285,7 +293,8 @@ def _select_kernel(
 ):
     inputs = (*scorer.rows, *scorer.keys)
     outputs = ("chosen", "indices") if with_indices else ("chosen",)
-    names = (*inputs, *outputs, "keys", "seen", *scorer.scratch)
+    listing = ("bounds", "counting") if with_indices else ()
+    names = (*inputs, *outputs, "keys", "seen", *listing, *scorer.scratch)
     refs = dict(zip(names, refs, strict=True))
     keys_ref, seen_ref = refs["keys"], refs["seen"]
     group, member, block = (pl.program_id(i) for i in range(3))
@@ -332,7 +341,17 @@ def _select_kernel(
             steps = end * (layout.block_kv // LANES // tiles)
             # The limits have served; their buffer counts what is listed.
             lists_ref = refs["indices"].at[0]
-            list_rows(keys_ref, lists_ref, seen_ref, threshold, tie_cut, steps, tiles=tiles)
+            list_rows(
+                keys_ref,
+                lists_ref,
+                seen_ref,
+                refs["bounds"],
+                refs["counting"],
+                threshold,
+                tie_cut,
+                steps,
+                tiles=tiles,
+            )
 
 
 def _scores_kernel(
@@ -473,6 +492,7 @@ def select(
     r = layout.buffer_rows
     per_group = lambda g, m, k, *_: (g, 0, 0)
     out = [((layout.groups, 3, r), jnp.int32, (1, 3, r), per_group)]
+    scratch = [((r, layout.width), jnp.int32), ((r, LANES), jnp.int32)]
     if list_size is not None:
         size = min(list_size, layout.num_keys)
         block = (1, r, round_up(size, LANES))
@@ -482,6 +502,7 @@ def select(
         else:
             shape, at = (layout.groups, r, size), per_group
         out.append((shape, jnp.int32, block, at))
+        scratch += [((2, r, LANES), jnp.int32), ((LANES, 2 * LANES), jnp.bfloat16)]
     chosen, *lists = _call(
         _select_kernel,
         op,
@@ -490,7 +511,7 @@ def select(
         (visited, ends),
         limits,
         out=out,
-        scratch=[((r, layout.width), jnp.int32), ((r, LANES), jnp.int32)],
+        scratch=scratch,
         chunk=chunk_width(r, layout.block_kv),
         with_indices=list_size is not None,
     )

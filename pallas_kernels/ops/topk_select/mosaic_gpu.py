@@ -43,7 +43,10 @@ _MAX_CAPACITY = 12_288  # keys of the list: 96 of the 227 KiB of shared memory
 _SMALL_ROW = 2048  # keys of a row that the list always holds whole
 _DEFAULT_BUDGET = 4096  # what the list is sized for where the budget is an array
 _SAMPLE = 8192
-_SPLIT_SAMPLES = 2048, 4096  # may do for the blocks that share a row, as they all read the row's whole sample
+_SPLIT_SAMPLES = (
+    2048,
+    4096,
+)  # may do for the blocks that share a row, as they all read the row's whole sample
 _SPLIT_SURPLUS = 2.0  # times the budget: what a row's lists may hold for that
 _EVEN_PASSES = 2  # over the sample, whose bounds are even steps of the score and not of its key
 _BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
@@ -125,7 +128,9 @@ def _plan(
     capacity = pl.cdiv(math.ceil(capacity), _CHUNK) * _CHUNK
     splits = 1
     if num_keys > 2 * _SPLIT_KEYS and num_keys > capacity:
-        splits = max(1, min(pl.cdiv(_BLOCKS, rows), num_keys // _SPLIT_KEYS))
+        # In one wave: blocks of a second one would leave most of the device idle.
+        wanted = max(_BLOCKS // rows, min(2, pl.cdiv(_BLOCKS, rows)))
+        splits = max(1, min(wanted, num_keys // _SPLIT_KEYS))
     if sizes.num_splits is not None and num_keys > capacity:
         splits = block_sizes_.even_splits(pl.cdiv(num_keys, step), sizes.num_splits)
     if splits > 1:  # few rows: there is room for a list that no sample is likely to miss
@@ -383,7 +388,9 @@ def _narrow_kernel(
     plan: _Plan,
 ):
     index, split = lax.axis_index("row"), lax.axis_index("split")
-    row = _Row(scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align)
+    row = _Row(
+        scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
+    )
     budget = _budget_of(index, budget_ref, plan)
     bound, hopeful = _lower_bound(row, budget, lanes_ref, plan)
     share = pl.cdiv(pl.cdiv(row.num_keys, plan.step), plan.splits)
@@ -410,7 +417,9 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
     list_refs = [refs.pop(0) for _ in listed]
     places_ref, keys_ref, lanes_ref = refs
     index = lax.axis_index("row")
-    row = _Row(scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align)
+    row = _Row(
+        scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
+    )
     budget = _budget_of(index, budget_ref, plan)
     chunk_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=4)
     lane = plgpu.broadcasted_iota(jnp.int32, (_CHUNK,), 0, layout=chunk_layout)

@@ -11,6 +11,8 @@ ahead of time for v5e, v5p, v6e and tpu7x, and interpreted; never executed on a 
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
 
 _OP = "topk_select"
 _CHUNK_ELEMENTS = 16 * 8 * LANES  # what one step of a pass holds: 16 of the 64 vector registers
+_FEW_ROWS = 32  # whose columns take no more than 4 registers
 _MAX_ROW_GROUPS = 1 << 17  # one int32 each in SMEM, which holds 1 MiB
 _VMEM_MARGIN = (
     8 << 20
@@ -51,6 +54,18 @@ def check_vmem(op: str, needed: int, shape: str) -> int:
     return limit
 
 
+class _Kind(NamedTuple):
+    """How the numbers of a row become one."""
+
+    lanewise: Callable
+    across: Callable
+    start: int
+
+
+_SUM = _Kind(jnp.add, jnp.sum, 0)
+_MAX = _Kind(jnp.maximum, jnp.max, -1)
+
+
 def select_rows(keys_ref, budget, begin, end, *, chunk: int):
     """Selects the `budget` largest keys of each row of a buffer; equal keys keep the lowest index.
 
@@ -65,62 +80,82 @@ def select_rows(keys_ref, budget, begin, end, *, chunk: int):
     """
     num_rows, num_keys = keys_ref.shape
 
-    def fold(hits, combine):  # [R, chunk] -> [R, 128]: whole registers, nothing crosses a lane
-        parts = [hits[:, i : i + LANES] for i in range(0, chunk, LANES)]
-        return functools.reduce(combine, parts)
+    def scan(measure, kinds, width=chunk):
+        """Folds what measure(keys, index) makes of each row: one [R, 1] for each kind."""
 
-    def scan(step, init):  # step(keys, index, carry) over the row, chunk by chunk
-        def body(c, carry):
-            start = pl.multiple_of(c * chunk, LANES)
-            index = start + lax.broadcasted_iota(jnp.int32, (num_rows, chunk), 1)
-            return step(keys_ref[:, pl.ds(start, chunk)], index, carry)
+        def body(c, totals):
+            start = pl.multiple_of(c * width, LANES)
+            keys = keys_ref[:, pl.ds(start, width)]
+            index = start + lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+            folded = []
+            for total, hits, kind in zip(totals, measure(keys, index), kinds, strict=True):
+                # Whole registers; nothing crosses a lane.
+                parts = [hits[:, i : i + LANES] for i in range(0, width, LANES)]
+                folded.append(kind.lanewise(total, functools.reduce(kind.lanewise, parts)))
+            return folded
 
-        return lax.fori_loop(begin, end, body, init)
+        totals = [jnp.full((num_rows, LANES), kind.start, jnp.int32) for kind in kinds]
+        steps = chunk // width
+        totals = lax.fori_loop(begin * steps, end * steps, body, totals)
+        # Integers would cross the lanes in two halves; as float32 all that VMEM has room to count is exact.
+        return [
+            kind.across(total.astype(jnp.float32), axis=1, keepdims=True).astype(jnp.int32)
+            for total, kind in zip(totals, kinds, strict=True)
+        ]
 
-    def count_where(hit):
-        def step(keys, index, total):
-            return total + fold(jnp.where(hit(keys, index), 1, 0), jnp.add)
-
-        return jnp.sum(scan(step, jnp.zeros((num_rows, LANES), jnp.int32)), axis=1, keepdims=True)
+    def count_where(hit, width=chunk):
+        [counted] = scan(lambda *x: [jnp.where(hit(*x), 1, 0)], [_SUM], width)
+        return counted
 
     alive = count_where(lambda keys, _: keys != selection.DEAD)
     count = jnp.clip(budget, 0, alive)
 
-    def halve_threshold(_, bounds):  # #(key >= low) >= count > #(key >= high)
-        low, high = bounds
-        # The range may exceed 2**31; as unsigned arithmetic the difference and its half are right.
-        middle = low + lax.shift_right_logical(high - low, jnp.full_like(low, 1))
-        enough = count_where(lambda keys, _: keys >= middle) >= count
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def settle(hit, enough, start, bits: int, passes, width=chunk):
+        """Returns the largest value that is `enough`, found bit by bit from `start` on; fewer `passes` leave `start`.
 
-    full = functools.partial(jnp.full, (num_rows, 1), dtype=jnp.int32)
-    bounds = full(selection.DEAD), full(selection.NOTHING)
-    threshold, _ = lax.fori_loop(0, 32, halve_threshold, bounds)
+        A column takes a register for every 8 rows, so that no other bound is kept beside the value that is tried.
+        """
 
-    def tally(keys, index, carry):
-        above, equal, last = carry
-        is_equal = keys == threshold
-        above += fold(jnp.where(keys > threshold, 1, 0), jnp.add)
-        equal += fold(jnp.where(is_equal, 1, 0), jnp.add)
-        return above, equal, jnp.maximum(last, fold(jnp.where(is_equal, index, -1), jnp.maximum))
+        def body(i, value):
+            bit = lax.shift_left(jnp.int32(1), bits - 1 - i)
+            tried = value + bit
+            counted = count_where(lambda keys, index: hit(keys, index, tried), width)
+            return tried - jnp.where(enough(counted), 0, bit)
 
-    zeros = jnp.zeros((num_rows, LANES), jnp.int32)
-    above, equal, last = scan(tally, (zeros, zeros, zeros - 1))
-    above = jnp.sum(above, axis=1, keepdims=True)
-    equal = jnp.sum(equal, axis=1, keepdims=True)
-    last = jnp.max(last, axis=1, keepdims=True)
-    quota = count - above
+        return lax.fori_loop(0, passes, body, start)
 
-    def halve_cut(_, bounds):  # #(equal, index <= low) < quota <= #(equal, index <= high)
-        low, high = bounds
-        middle = low + lax.shift_right_logical(high - low, jnp.full_like(low, 1))
-        enough = count_where(lambda keys, index: (keys == threshold) & (index <= middle)) >= quota
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+    # The largest bound that at least `count` keys reach. From the lowest int32 on, the first bit wraps around to 0.
+    threshold = settle(
+        lambda keys, _, tried: keys >= tried,
+        lambda counted: counted >= count,
+        jnp.full((num_rows, 1), selection.DEAD, jnp.int32),
+        32,
+        32,
+    )
+    # More columns are held from here on; of many rows they take what half a chunk does.
+    halved = num_rows > _FEW_ROWS and chunk % (2 * LANES) == 0
+    width = chunk // 2 if halved else chunk
+    reached, last = scan(
+        lambda keys, index: (
+            jnp.where(keys >= threshold, 1, 0),
+            jnp.where(keys == threshold, index, -1),
+        ),
+        (_SUM, _MAX),
+        width,
+    )
 
-    # Most rows take every equal key, and then the cut is the last of them: no pass is needed.
-    surplus = jnp.max(jnp.where(count > 0, equal - quota, 0)) > 0
-    passes = jnp.where(surplus, num_keys.bit_length(), 0)
-    _, cut = lax.fori_loop(0, passes, halve_cut, (full(-1), last))
+    # Most rows take every equal key, and then the cut is the last of them: no pass is needed. Else it is the largest index
+    # before which fewer than `count` keys are above the threshold or equal to it.
+    surplus = jnp.max(jnp.where(count > 0, reached - count, 0)) > 0
+    bits = (num_keys - 1).bit_length()
+    cut = settle(
+        lambda keys, index, tried: (keys > threshold) | ((keys == threshold) & (index < tried)),
+        lambda counted: counted < count,
+        jnp.where(surplus, 0, last),
+        bits,
+        jnp.where(surplus, bits, 0),
+        width,
+    )
 
     nothing = count == 0
     threshold = jnp.where(nothing, selection.NOTHING, threshold)
