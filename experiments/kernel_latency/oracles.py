@@ -97,7 +97,7 @@ def attention(query, key, value, lengths, *, topk: int | None, ranked_by=None):
     Args:
       query, key, value: [B, N, H], [B, S, K, H], [B, S, K, V].
       lengths: valid keys, int32 [B].
-      ranked_by: int8 [B, S, K, H] and scale [B, S, K] of a copy that says which keys are best; None ranks by their scores.
+      ranked_by: eight-bit [B, S, K, H] and scale [B, S, K] of a copy that says which keys are best; None ranks by their scores.
     """
     num_kv = key.shape[2]
 

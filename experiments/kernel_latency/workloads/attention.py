@@ -233,14 +233,14 @@ class CopiedDecode(Decode):
     """`Decode` with an eight-bit copy of the keys; beside it, what the copy saves shows.
 
     Args:
-      pattern: "int8 keys", ranked by the copy, or "certified", bit for bit as without it.
+      pattern: "int8 keys" or "float8 keys", ranked by the copy; "certified" or "float8 certified", bit for bit as without it.
     """
 
     pattern: str = "int8 keys"
 
     @property
     def _certified(self) -> bool:
-        return self.pattern == "certified"
+        return self.pattern.endswith("certified")
 
     @property
     def least_bytes(self) -> int:
@@ -250,10 +250,9 @@ class CopiedDecode(Decode):
 
     def draw(self, seed: int, count: int) -> list[Arrays]:
         """Returns (query, key, value, lengths, the copy's values, scale, error) of each call."""
-        return [
-            (*arguments, *jax.jit(quantize_keys)(arguments[1]))
-            for arguments in super().draw(seed, count)
-        ]
+        dtype = "float8_e4m3fn" if self.pattern.startswith("float8") else "int8"
+        copy = jax.jit(functools.partial(quantize_keys, dtype=dtype))
+        return [(*arguments, *copy(arguments[1])) for arguments in super().draw(seed, count)]
 
     def _options(self, *more: jax.Array) -> dict[str, Any]:
         return {"quantized_key": QuantizedKeys(*more), "certified": self._certified}

@@ -19,6 +19,7 @@ from experiments.kernel_latency.workloads.indexer import (
 from experiments.kernel_latency.workloads.select import Select
 
 _BUDGETS = (64, 512, 4096)
+_COPIES = ("int8 keys", "certified", "float8 keys", "float8 certified")
 
 
 def full() -> list[Workload]:
@@ -47,7 +48,7 @@ def full() -> list[Workload]:
     copied: list[Workload] = [
         CopiedDecode(batch=batch, keys=keys, topk=2048, pattern=pattern, group="quantized")
         for batch, keys in ((8, 131072), (1, 131072), (1, 1048576))
-        for pattern in ("int8 keys", "certified")
+        for pattern in (_COPIES if (batch, keys) == (8, 131072) else _COPIES[:2])
     ]
     main: list[Workload] = [*select, *decode, *gather, *indexer, *whole, *prefill]
     # The prefill has no lengths: one prompt.
@@ -85,7 +86,7 @@ def tiny() -> list[Workload]:
         PagedGather(**heads, **paged),
         *(
             CopiedDecode(batch=2, keys=256, topk=16, pattern=pattern, group="quantized", **heads)
-            for pattern in ("int8 keys", "certified")
+            for pattern in _COPIES
         ),
         *_with(main[:1], "ragged", (16,), ("ragged",)),
         *_with(main[:1], "adversarial", (16,), ("relu plateau", "recent span")),
