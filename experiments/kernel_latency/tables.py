@@ -48,8 +48,7 @@ def summary() -> str:
     last = main[-1]
     return (
         f"{_table(rows)}\n\n{last['device']}, jax {last['versions']['jax']}, commits {commits}, {last['date']}; each line from one run. "
-        "*limit*: what has to be read, at the read rate measured in that run, or the products, at the measured rate. *wanted*: a "
-        "target that was stated for an NVIDIA H200, as a share of its limit at 4.14 TB/s and 774 TF/s."
+        "*limit*: what has to be read, at the read rate measured in that run, or the products, at the measured rate."
     )
 
 

@@ -368,7 +368,9 @@ def _row(implementation, role, ms, *, keys=1024, limit=0.5, status="ok"):
         "ms_p10": ms,
         "ms_p90": ms,
         "limit_ms": limit,
+        "target_ms": 0.9,
         "target_ratio": 3.0,
+        "limit_fixed_ms": None,
         "in_cache": False,
     }
 
@@ -382,10 +384,12 @@ def test_the_table_compares_the_fastest_of_ours_with_the_fastest_peer():
         _row("other", "peer", None, status="failed"),
         _row("mosaic_gpu", "ours", 0.75),  # measured again: the last one counts
     ]
-    _, ((op, workload, limit, peer, ours, over_limit, wanted, gain),) = report.table(rows)
+    _, ((op, workload, limit, peer, ours, target, over_limit, gain),) = report.table(rows)
     assert (op, workload, limit) == ("topk_select", "R 64, S 1024, k 2048", "0.5000")
     assert (peer, ours) == ("2.5 torch.topk", "0.7500 mosaic_gpu")
-    assert (over_limit, wanted, gain) == ("1.50", "3.00", "3.33x")
+    assert (target, over_limit, gain) == ("3.00x limit", "1.50", "3.33x")
+    _, ((*_, target, _, _),) = report.table([row | {"limit_fixed_ms": 0.3} for row in rows])
+    assert target == "0.9000"
     assert report.without_time(rows) == ["other: failed, topk_select R 64, S 1024, k 2048: why"]
 
 
