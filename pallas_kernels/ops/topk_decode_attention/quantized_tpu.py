@@ -289,11 +289,12 @@ def _query_windows(query, num_kv_heads: int):
     group = n // num_kv_heads
     firsts = [head * group // SUBLANES * SUBLANES for head in range(num_kv_heads)]
     size = max(round_up((head + 1) * group, SUBLANES) - first for head, first in enumerate(firsts))
-    parts, rest = [query.astype(jnp.bfloat16)], query
-    while query.dtype == jnp.float32 and len(parts) < 3:
-        taken = parts[-1].astype(jnp.float32)
+    parts, rest, bits = [], query, jnp.finfo(jnp.bfloat16)
+    for _ in range(1 if query.dtype == jnp.bfloat16 else 3):
+        # Not by a conversion there and back, which XLA may leave out.
+        taken = lax.reduce_precision(rest, bits.nexp, bits.nmant)
+        parts.append(taken.astype(jnp.bfloat16))
         rest = jnp.where(jnp.isfinite(taken), rest - taken, 0.0)
-        parts.append(rest.astype(jnp.bfloat16))
     # The smallest first: it is added first.
     parts = [jnp.pad(part, ((0, 0), (0, size), (0, 0))) for part in parts[::-1]]
     windows = [jnp.concatenate([part[:, i : i + size] for part in parts], axis=1) for i in firsts]

@@ -20,7 +20,6 @@ its part of the row in global memory. Rows are read straight into registers, the
 of a ragged row starts early enough to end with the row and hides the keys that it has seen before.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -35,54 +34,35 @@ from pallas_kernels.core import compat, gpu_lanes, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
+from pallas_kernels.ops.topk_select.narrow_gpu import (
+    SMALL_ROW,
+    least_listed,
+    lower_bound,
+    narrow_kernel,
+    pack_candidates,
+    shrink,
+)
+from pallas_kernels.ops.topk_select.row_gpu import (
+    LOWEST,
+    Plan,
+    Row,
+    budget_of,
+    full,
+    search_in_place,
+    visible_of,
+)
 
 _LANES = 128
 _VECTORS = 4  # register vectors that a lane reads at a time
 _CHUNK = 512  # keys of the list that a pass looks at together: four a lane
 _MAX_CAPACITY = 12_288  # keys of the list: 96 of the 227 KiB of shared memory
-_SMALL_ROW = 2048  # keys of a row that the list always holds whole
 _DEFAULT_BUDGET = 4096  # what the list is sized for where the budget is an array
 _SAMPLE = 8192
-_SPLIT_SAMPLES = (
-    2048,
-    4096,
-)  # may do for the blocks that share a row, as they all read the row's whole sample
+_SPLIT_SAMPLES = 2048, 4096  # for blocks that share a row, as each reads the row's whole sample
 _SPLIT_SURPLUS = 2.0  # times the budget: what a row's lists may hold for that
-_EVEN_PASSES = 2  # over the sample, whose bounds are even steps of the score and not of its key
-_BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
-_STREAMED_BITS = 3  # and a pass over the row
-_STREAMED_VECTORS = 4  # register vectors that a lane reads at a time there
 _BLOCKS = 528  # blocks wanted in flight: four on each of the 132 multiprocessors
 _SPLIT_KEYS = 8192  # a block of its own is not worth less
 _SPLITS_AT_ONCE = 8  # whose lists are read together
-_LOWEST = -0x7F800000  # order key of -inf: every number reaches it
-_HIGHEST = 0x7F800001  # one above that of +inf: no number reaches it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Sizes of one call.
-
-    rows, limit: how many rows there are, and how many keys of each may be visible.
-    topk: the largest budget, and each row's where no other is given.
-    step, align: keys that are read at a time, and neighbours that a lane reads together.
-    capacity: keys that the list holds, a multiple of `_CHUNK`.
-    sample: keys that are sampled, a power of two.
-    splits: blocks that narrow one row.
-    """
-
-    rows: int
-    limit: int
-    topk: int | None
-    step: int
-    align: int
-    capacity: int
-    sample: int
-    splits: int
-    interpreted: bool
-
-    def bitcast(self, scalar, dtype):
-        return gpu_lanes.bitcast_scalar(scalar, dtype, interpreted=self.interpreted)
 
 
 def _plan(
@@ -92,7 +72,7 @@ def _plan(
     topk: int | None,
     sizes: TopKSelectBlockSizes | None,
     interpreted: bool,
-) -> _Plan:
+) -> Plan:
     explicit = sizes is not None
     sizes = block_sizes_.resolve(
         "topk_select",
@@ -122,7 +102,7 @@ def _plan(
     capacity = (wanted + 4 * math.sqrt(wanted)) * num_keys / sample
     # A plateau fills the budget and the tile that does so; a few are above it.
     capacity = max(capacity, 1.25 * budget + step)
-    capacity = max(min(capacity, _MAX_CAPACITY, num_keys), min(num_keys, _SMALL_ROW))
+    capacity = max(min(capacity, _MAX_CAPACITY, num_keys), min(num_keys, SMALL_ROW))
     if topk is None and num_keys <= _MAX_CAPACITY:
         capacity = num_keys  # the budget may be anything
     capacity = pl.cdiv(math.ceil(capacity), _CHUNK) * _CHUNK
@@ -139,7 +119,7 @@ def _plan(
             listed = _most_reached(budget, size, num_keys) * num_keys / size
             if size < sample and listed <= _SPLIT_SURPLUS * budget:
                 sample = size
-    return _Plan(
+    return Plan(
         rows=rows,
         limit=limit,
         topk=topk,
@@ -152,260 +132,20 @@ def _plan(
     )
 
 
-def _most_reached(budget: int, sample: int, num_keys: int) -> float:
-    """Returns how much of a sample the bound of `_lower_bound` is meant to be reached by, at most."""
-    expected = budget * sample / num_keys
-    return 1.125 * (expected + 4 * math.sqrt(expected) + 4) + 1
-
-
-class _Row:
-    """One row of scores in global memory, read tile by tile."""
-
-    def __init__(self, scores_ref, row, start, end, step: int, align: int):
-        """start, end: the first visible key and one past the last, inside the row."""
-        self.ref, self.row, self.start, self.end, self.step = scores_ref, row, start, end, step
-        self.num_keys = scores_ref.shape[1]
-        self.layout = plgpu.Layout.WG_STRIDED((step,), vec_size=align)
-        self.lane_place = plgpu.broadcasted_iota(jnp.int32, (step,), 0, layout=self.layout)
-        self.first, self.last = lax.div(start, step), lax.div(end + (step - 1), step)
-
-    def offset(self, tile):
-        return jnp.minimum(tile * self.step, self.num_keys - self.step)
-
-    def load(self, tile):
-        part = self.ref.at[self.row, pl.ds(self.offset(tile), self.step)]
-        return plgpu.load(part, layout=self.layout, optimized=False).astype(jnp.float32)
-
-    def places(self, tile):
-        """The places of a tile's keys, and whether they are visible and no earlier tile has them."""
-        place = self.offset(tile) + self.lane_place
-        begin = jnp.maximum(self.start, tile * self.step)
-        width = jnp.maximum(self.end - begin, 0)
-        return place, (place - begin).astype(jnp.uint32) < width.astype(jnp.uint32)
-
-    def seen(self, tile, scores):
-        """Makes scores of keys that `places` does not call visible NaN; most tiles have none, which one test settles."""
-        begin = tile * self.step
-        whole = (begin >= self.start) & (begin + self.step <= self.end)
-        hide = lambda: jnp.where(self.places(tile)[1], scores, jnp.nan)
-        return lax.cond(whole, lambda: scores, hide)
-
-    def scan(self, first, last, state, use):
-        """state = use(tile, scores, state) over the tiles [first, last); the next one is on its way meanwhile."""
-
-        def body(tile, carry):
-            scores, state = carry
-            following = self.load(jnp.minimum(tile + 1, last - 1))
-            return following, use(tile, scores, state)
-
-        _, state = lax.fori_loop(first, last, body, (self.load(jnp.minimum(first, last)), state))
-        return state
-
-
-def _visible_of(index, start_ref, end_ref, plan: _Plan):
-    """Returns the first visible key of a row and one past the last; an entry of either reference is for several rows in turn."""
-    entry = lambda ref: ref[lax.div(index, plan.rows // ref.shape[0])]
-    inside = lambda place: jnp.clip(place, 0, plan.limit)
-    start = jnp.int32(0) if start_ref is None else inside(entry(start_ref))
-    return start, jnp.int32(plan.limit) if end_ref is None else inside(entry(end_ref))
-
-
-def _budget_of(index, budget_ref, plan: _Plan):
-    return jnp.int32(plan.topk) if budget_ref is None else jnp.maximum(budget_ref[index], 0)
-
-
-def _keys_of(scores):
-    key = selection.order_key(scores)
-    return jnp.where(key == selection.NAN, selection.DEAD, key)
-
-
 def _half(low, high):
     # The width may pass 2**31: it is read as unsigned, hence the logical shift.
     return low + lax.shift_right_logical(high - low, 1)
 
 
-def _even_keys(low, high):
-    """Returns bounds that divide [low, high) into parts of one width as integers."""
-    part = lax.shift_right_logical(high - low - 1, _BITS) + 1
-    return [low + i * part for i in range(1, 2**_BITS)]
+def _most_reached(budget: int, sample: int, num_keys: int) -> float:
+    """Returns how much of a sample the bound of `lower_bound` is meant to be reached by, at most."""
+    expected = budget * sample / num_keys
+    return 1.125 * (expected + 4 * math.sqrt(expected) + 4) + 1
 
 
-def _even_scores(low, high, bitcast):
-    """Returns bounds that divide [low, high) into parts of one width as scores; all of them are inside, if there is room."""
-    least, most = (selection.key_to_score(key, bitcast) for key in (low, high))
-    part = (most - least) * 0.5**_BITS
-    bounds = [selection.order_key(least + i * part, bitcast) for i in range(1, 2**_BITS)]
-    return [jnp.maximum(jnp.minimum(bound, high - 1), low + 1) for bound in bounds]
-
-
-def _shrink(low, high, reached, wanted, count, bounds=None):
-    """Narrows [low, high), where at least `wanted` keys reach `low` (so many: `reached`) and fewer reach `high`, by one pass.
-
-    `count(tests)` returns how many keys pass each test, `bounds` ascend.
-    """
-    bounds = _even_keys(low, high) if bounds is None else bounds
-    counts = count([lambda key, b=b: key >= b for b in bounds])
-    for bound, counted in zip(bounds, counts, strict=True):
-        enough = counted >= wanted
-        # Bounds ascend; those past `high` are reached by fewer still, and stay without effect.
-        lower = ~enough & (bound < high)
-        low, reached = jnp.where(enough, bound, low), jnp.where(enough, counted, reached)
-        high = jnp.where(lower, bound, high)
-    return low, high, reached
-
-
-def _full(value, shape, layout):
-    return plgpu.layout_cast(lax.broadcast(jnp.int32(value), shape), layout)
-
-
-def _lower_bound(row: _Row, budget, lanes_ref, plan: _Plan):
-    """Returns a key that at least `budget`, and not many more, of the row's scores are likely to reach, and if the list may hold them.
-
-    The key is `_LOWEST` where the list is to hold the whole row.
-    """
-    visible = row.end - row.start
-    layout = plgpu.Layout.WG_STRIDED((plan.sample,), vec_size=1)
-
-    def from_sample():
-        keys = _keys_of(
-            gpu_lanes.sampled_load(
-                row.ref.at[row.row],
-                row.start,
-                jnp.maximum(visible - gpu_lanes.GROUP, 0),
-                plan.sample,
-                interpreted=plan.interpreted,
-            ).astype(jnp.float32)
-        )
-        share = plan.sample / visible.astype(jnp.float32)
-        expected = budget.astype(jnp.float32) * share
-        # Four standard deviations more than the budget's share of the sample: one row in 30,000 gets too few.
-        wanted = (expected + 4.0 * lax.sqrt(expected) + 4.0).astype(jnp.int32)
-        slack = lax.shift_right_logical(wanted, 3)
-
-        def totals(*vectors, kind="add"):
-            return gpu_lanes.reduce(
-                vectors, lanes_ref, layout=layout, kind=kind, interpreted=plan.interpreted
-            )
-
-        def count(tests):
-            return totals(*[test(keys).astype(jnp.int32) for test in tests])
-
-        largest, smallest = totals(keys, -keys, kind="max")
-        smallest = jnp.maximum(-smallest, _LOWEST)
-
-        def shrink(carry):
-            low, high, reached, passes = carry
-            # Scores are spread more evenly than their keys; where they are not, the keys bring the search to its end.
-            evenly = _even_scores(jnp.maximum(low, smallest), high, plan.bitcast)
-            bounds = [
-                jnp.where(passes < _EVEN_PASSES, *pair)
-                for pair in zip(evenly, _even_keys(low, high), strict=True)
-            ]
-            return *_shrink(low, high, reached, wanted, count, bounds), passes + 1
-
-        low, _, reached, _ = lax.while_loop(
-            lambda carry: (carry[1] - carry[0] != 1) & (carry[2] - wanted > slack),
-            shrink,
-            (
-                jnp.int32(_LOWEST),
-                jnp.maximum(largest, _LOWEST) + 1,
-                jnp.int32(plan.sample),
-                jnp.int32(0),
-            ),
-        )
-        reached = reached.astype(jnp.float32)
-        most = reached + 3.0 * lax.sqrt(reached)
-        # Where the list holds the whole row, a bound is worth its sample only if it leaves half of the row out.
-        whole = (visible <= plan.capacity) & (2.0 * most > plan.sample)
-        room = plan.capacity * share
-
-        def fits_without_equals():
-            # With a plateau at the bound the list takes what fills the budget and the tile that does so, then what is above
-            # the bound: see `_pack_candidates`.
-            [above] = count([lambda key: key > low])
-            above = above.astype(jnp.float32)
-            most_above = above + 3.0 * lax.sqrt(above) + 4.0
-            filling = budget.astype(jnp.float32) * share
-            tile = plan.step * share * jnp.minimum(2.0 * most / plan.sample, 1.0)
-            return filling + tile + most_above * (1.0 - jnp.minimum(filling / most, 1.0)) <= room
-
-        fits = lax.cond(most <= room, lambda: jnp.bool_(True), fits_without_equals)
-        return jnp.where(whole, _LOWEST, low), whole | fits
-
-    return lax.cond(
-        visible <= min(plan.capacity, _SMALL_ROW),
-        lambda: (jnp.int32(_LOWEST), jnp.bool_(True)),
-        from_sample,
-    )
-
-
-def _least_listed(bound, budget, found, shape, layout):
-    """Returns the score that a key has to reach to be listed after `found` others, as a vector of this shape.
-
-    That is the bound's, and where `budget` are listed the next one above it.
-    """
-    # Zero's key stands for the subnormals too; comparing to the number below them keeps all of them, and more is no harm.
-    first = jnp.where(bound == 0, -selection.SMALLEST_NORMAL_KEY, bound)
-    above = jnp.where(bound == 0, selection.SMALLEST_NORMAL_KEY, bound + 1)
-    return selection.key_to_score(_full(jnp.where(found >= budget, above, first), shape, layout))
-
-
-def _pack_candidates(row: _Row, first, last, bound, budget, lists, lanes_ref, plan: _Plan):
-    """Packs the places and bits of the scores that reach `bound`, of the tiles [first, last); returns how many there are.
-
-    Scores that equal the bound are left out of a tile that begins with `budget` listed.
-    """
-
-    def pack(tile, scores, found):
-        scores = row.seen(tile, scores)
-        return gpu_lanes.append(
-            scores >= _least_listed(bound, budget, found, (row.step,), row.layout),
-            [row.offset(tile) + row.lane_place, lax.bitcast_convert_type(scores, jnp.int32)],
-            lists,
-            found,
-            lanes_ref,
-            layout=row.layout,
-            interpreted=plan.interpreted,
-        )
-
-    return row.scan(first, last, jnp.int32(0), pack)
-
-
-def _narrow_kernel(
-    # inputs, global memory
-    scores_ref,  # [rows, S]
-    budget_ref,  # None, or [rows] i32
-    start_ref,  # None, or [rows / n] i32, each for n rows
-    end_ref,  # likewise
-    # outputs, global memory
-    bound_ref,  # [rows, splits] i32, order key that candidates reach; the same in all splits
-    found_ref,  # [rows, splits] i32, candidates of the split; more than the capacity: the list is cut off
-    places_ref,  # [rows, splits, capacity] i32
-    bits_ref,  # [rows, splits, capacity] i32
-    # scratch
-    lanes_ref,
-    *,
-    plan: _Plan,
-):
-    index, split = lax.axis_index("row"), lax.axis_index("split")
-    row = _Row(
-        scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
-    )
-    budget = _budget_of(index, budget_ref, plan)
-    bound, hopeful = _lower_bound(row, budget, lanes_ref, plan)
-    share = pl.cdiv(pl.cdiv(row.num_keys, plan.step), plan.splits)
-    first = jnp.maximum(row.first, split * share)
-    last = jnp.maximum(jnp.minimum(row.last, (split + 1) * share), first)
-    last = jnp.where(hopeful, last, first)
-    lists = [places_ref.at[index, split], bits_ref.at[index, split]]
-    found = _pack_candidates(row, first, last, bound, budget, lists, lanes_ref, plan)
-    bound_ref[index, split] = bound
-    found_ref[index, split] = jnp.where(hopeful, found, plan.capacity + 1)
-
-
-def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
+def _select_kernel(*refs, plan: Plan, listed: tuple[str, ...]):
     # inputs, global memory:
-    #   scores, budget, start, end as in `_narrow_kernel`; where the rows were narrowed before, what that kernel put out
+    #   scores, budget, start, end as in `narrow_kernel`; where the rows were narrowed before, what that kernel put out
     # outputs, global memory:
     #   count [rows] i32, threshold [rows] f32, tie cut [rows] i32; lists [rows, >= topk]: "indices" i32, "scores" f32
     # scratch, shared memory:
@@ -417,10 +157,10 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
     list_refs = [refs.pop(0) for _ in listed]
     places_ref, keys_ref, lanes_ref = refs
     index = lax.axis_index("row")
-    row = _Row(
-        scores_ref, index, *_visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
+    row = Row(
+        scores_ref, index, *visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
     )
-    budget = _budget_of(index, budget_ref, plan)
+    budget = budget_of(index, budget_ref, plan)
     chunk_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=4)
     lane = plgpu.broadcasted_iota(jnp.int32, (_CHUNK,), 0, layout=chunk_layout)
     append = functools.partial(gpu_lanes.append, interpreted=plan.interpreted)
@@ -430,10 +170,10 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
         return plgpu.load(ref.at[pl.ds(chunk * _CHUNK, _CHUNK)], layout=chunk_layout)
 
     if narrowed is None:
-        low, hopeful = _lower_bound(row, budget, lanes_ref, plan)
+        low, hopeful = lower_bound(row, budget, lanes_ref, plan)
         last = jnp.where(hopeful, row.last, row.first)
         lists = [places_ref, keys_ref]
-        found = _pack_candidates(row, row.first, last, low, budget, lists, lanes_ref, plan)
+        found = pack_candidates(row, row.first, last, low, budget, lists, lanes_ref, plan)
         found = jnp.where(hopeful, found, plan.capacity + 1)
     else:
         narrowed_bound_ref, found_ref, narrowed_places_ref, narrowed_bits_ref = narrowed
@@ -480,7 +220,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
 
             def pack(chunk, found):
                 place, bits = part_of(split, chunk)
-                least = _least_listed(low, budget, found, (_CHUNK,), copy_layout)
+                least = least_listed(low, budget, found, (_CHUNK,), copy_layout)
                 score = lax.bitcast_convert_type(bits, jnp.float32)
                 hit = (chunk * _CHUNK + copy_lane < count) & (score >= least)
                 lists = [places_ref, keys_ref]
@@ -500,7 +240,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
         )
 
     # Candidates of a bound that every number reaches are all the numbers there are.
-    narrow = (found <= plan.capacity) & ((found >= budget) | (low == _LOWEST))
+    narrow = (found <= plan.capacity) & ((found >= budget) | (low == LOWEST))
 
     def finish(kept, bound, cut, emit):
         """Writes the row's results; `emit(found)` packs the selected keys into the lists."""
@@ -546,7 +286,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
             keys_ref[part] = key
             return jnp.maximum(largest, key)
 
-        largest = lax.fori_loop(0, chunks, to_keys, _full(selection.DEAD, (_CHUNK,), chunk_layout))
+        largest = lax.fori_loop(0, chunks, to_keys, full(selection.DEAD, (_CHUNK,), chunk_layout))
         [largest] = reduce([largest], lanes_ref, layout=chunk_layout, kind="max")
 
         def count(*tests):
@@ -560,7 +300,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
                     for total, test in zip(sums, tests, strict=True)
                 ]
 
-            zeros = [_full(0, (_CHUNK,), chunk_layout) for _ in tests]
+            zeros = [full(0, (_CHUNK,), chunk_layout) for _ in tests]
             sums = lax.fori_loop(0, chunks, add, zeros)
             return reduce(sums, lanes_ref, layout=chunk_layout, kind="add")
 
@@ -569,8 +309,8 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
 
         low_key, _, reached = lax.while_loop(
             lambda carry: (carry[1] - carry[0] != 1) & (carry[2] != kept),
-            lambda carry: _shrink(*carry, kept, count_keys),
-            (jnp.maximum(low, _LOWEST), largest + 1, found),
+            lambda carry: shrink(*carry, kept, count_keys),
+            (jnp.maximum(low, LOWEST), largest + 1, found),
         )
         low_key = jnp.where(kept > 0, low_key, largest + 1)
 
@@ -579,7 +319,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
             key = chunk_of(keys_ref, chunk)
             return jnp.maximum(negated, jnp.where(key >= low_key, -key, selection.DEAD))
 
-        negated = lax.fori_loop(0, chunks, smallest, _full(selection.DEAD, (_CHUNK,), chunk_layout))
+        negated = lax.fori_loop(0, chunks, smallest, full(selection.DEAD, (_CHUNK,), chunk_layout))
         [negated] = reduce([negated], lanes_ref, layout=chunk_layout, kind="max")
         bound = jnp.where(reached == kept, -negated, low_key)
         above, equals = count(lambda key, _: key > bound, lambda key, _: key == bound)
@@ -590,7 +330,7 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
                 key, place = chunk_of(keys_ref, chunk), chunk_of(places_ref, chunk)
                 return jnp.maximum(largest, jnp.where(key == bound, place, -1))
 
-            largest = lax.fori_loop(0, chunks, largest_place, _full(-1, (_CHUNK,), chunk_layout))
+            largest = lax.fori_loop(0, chunks, largest_place, full(-1, (_CHUNK,), chunk_layout))
             return reduce([largest], lanes_ref, layout=chunk_layout, kind="max")[0]
 
         def place_of_quota():
@@ -620,8 +360,8 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
 
     @pl.when(~narrow)
     def _():
-        _search_in_place(
-            _Row(scores_ref, index, row.start, row.end, plan.align * _LANES, plan.align),
+        search_in_place(
+            Row(scores_ref, index, row.start, row.end, plan.align * _LANES, plan.align),
             budget,
             low,
             lanes_ref,
@@ -629,125 +369,6 @@ def _select_kernel(*refs, plan: _Plan, listed: tuple[str, ...]):
             listing,
             plan,
         )
-
-
-def _search_in_place(row: _Row, budget, hint, lanes_ref, finish, listing, plan: _Plan):
-    """Selects from a row in global memory, by as many passes over it as it takes; `hint` is a key worth testing first."""
-    append = functools.partial(gpu_lanes.append, layout=row.layout, interpreted=plan.interpreted)
-
-    def keys_and_places(tile):
-        place, seen = row.places(tile)
-        return jnp.where(seen, _keys_of(row.load(tile)), selection.DEAD), place
-
-    def fold(begin, stop, state, use):
-        """state = use(key, state) over the tiles [begin, stop), some of them read at a time."""
-
-        def body(group, state):
-            tiles = [begin + group * _STREAMED_VECTORS + v for v in range(_STREAMED_VECTORS)]
-            scores = [row.load(jnp.minimum(tile, stop - 1)) for tile in tiles]
-            for tile, score in zip(tiles, scores, strict=True):
-                _, seen = row.places(tile)
-                seen &= tile < stop
-                state = use(jnp.where(seen, _keys_of(score), selection.DEAD), state)
-            return state
-
-        groups = lax.div(stop - begin + (_STREAMED_VECTORS - 1), _STREAMED_VECTORS)
-        return lax.fori_loop(0, groups, body, state)
-
-    def count(tests, begin, stop):
-        """How many keys of the tiles [begin, stop) pass each test."""
-        sums = fold(
-            begin,
-            stop,
-            [_full(0, (row.step,), row.layout) for _ in tests],
-            lambda key, sums: [
-                total + test(key).astype(jnp.int32) for total, test in zip(sums, tests, strict=True)
-            ],
-        )
-        return gpu_lanes.reduce(
-            sums, lanes_ref, layout=row.layout, kind="add", interpreted=plan.interpreted
-        )
-
-    first, last = row.first, row.last
-    alive, over, level = count(
-        [
-            lambda key: key != selection.DEAD,
-            lambda key: key > hint,
-            lambda key: (key == hint) & (key != selection.DEAD),
-        ],
-        first,
-        last,
-    )
-    kept = jnp.minimum(budget, alive)
-    # The threshold is the hint itself, or above it, or below it.
-    low = jnp.where(over >= kept, hint + 1, jnp.where(over + level >= kept, hint, _LOWEST))
-    high = jnp.where(over >= kept, _HIGHEST, jnp.where(over + level >= kept, hint + 1, hint))
-    above = jnp.where(over >= kept, 0, jnp.where(over + level >= kept, over, over + level))
-
-    def shrink(carry):
-        low, high, above = carry  # keys that reach `high`: fewer than `kept`
-        part = lax.shift_right_logical(high - low - 1, _STREAMED_BITS) + 1
-        bounds = [low + i * part for i in range(1, 2**_STREAMED_BITS)]
-        counts = count([lambda key, b=b: key >= b for b in bounds], first, last)
-        for bound, reached in zip(bounds, counts, strict=True):
-            enough = reached >= kept
-            lower = ~enough & (bound < high)
-            low = jnp.where(enough, bound, low)
-            high, above = jnp.where(lower, bound, high), jnp.where(lower, reached, above)
-        return low, high, above
-
-    bound, _, above = lax.while_loop(
-        lambda carry: (carry[1] - carry[0] != 1) & (kept > 0), shrink, (low, high, above)
-    )
-    quota = kept - above  # equals of the threshold that are kept: at least 1
-
-    def halve_tiles(carry):
-        begin, stop, before = carry  # `before` equals in the tiles left of `begin`: below the quota
-        middle = lax.div(begin + stop, 2)
-        [equals] = count([lambda key: key == bound], begin, middle)
-        inside = before + equals >= quota
-        return (
-            jnp.where(inside, begin, middle),
-            jnp.where(inside, middle, stop),
-            jnp.where(inside, before, before + equals),
-        )
-
-    holder, _, before = lax.while_loop(
-        lambda carry: (carry[1] - carry[0] > 1) & (kept > 0),
-        halve_tiles,
-        (first, last, jnp.int32(0)),
-    )
-
-    def halve_places(_, carry):
-        begin, stop = carry  # the last kept place of the tile lies in [begin, stop)
-        middle = lax.div(begin + stop, 2)
-        key, _ = keys_and_places(holder)
-        hit = (key == bound) & (row.lane_place < middle)
-        [equals] = gpu_lanes.reduce(
-            [hit.astype(jnp.int32)],
-            lanes_ref,
-            layout=row.layout,
-            kind="add",
-            interpreted=plan.interpreted,
-        )
-        inside = before + equals >= quota
-        return jnp.where(inside, begin, middle), jnp.where(inside, middle, stop)
-
-    inside, _ = lax.fori_loop(
-        0, (row.step - 1).bit_length(), halve_places, (jnp.int32(0), jnp.int32(row.step))
-    )
-    cut = row.offset(holder) + inside
-
-    def emit():
-        def pack(tile, packed):
-            key, place = keys_and_places(tile)
-            hit = (key > bound) | ((key == bound) & (place <= cut))
-            payloads, lists = listing(place, key)
-            return append(hit, payloads, lists, packed, lanes_ref)
-
-        lax.fori_loop(first, last, pack, jnp.int32(0))
-
-    finish(kept, bound, cut, emit)
 
 
 def select(
@@ -786,7 +407,7 @@ def select(
         of_split = jax.ShapeDtypeStruct((rows, plan.splits), jnp.int32)
         segments = jax.ShapeDtypeStruct((rows, plan.splits, plan.capacity), jnp.int32)
         arguments += plgpu.kernel(
-            functools.partial(_narrow_kernel, plan=plan),
+            functools.partial(narrow_kernel, plan=plan),
             out_type=[of_split, of_split, segments, segments],
             scratch_types=[lanes],
             grid=(rows, plan.splits),
