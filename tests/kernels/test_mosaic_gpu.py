@@ -117,7 +117,7 @@ def test_a_plateau_at_the_threshold_needs_no_search_of_the_whole_row(sizes, monk
     def finds_nothing(row, budget, hint, lanes_ref, finish, *_):
         finish(jnp.int32(0), jnp.int32(0), jnp.int32(0), lambda: None)
 
-    monkeypatch.setattr(select_gpu, "_search_in_place", finds_nothing)
+    monkeypatch.setattr(select_gpu, "search_in_place", finds_nothing)
     place, normal = np.arange(2308), np.random.default_rng(0).normal(size=2308)
     rows = [
         np.where(normal > 2.5, normal, np.where(place % 2 == 0, -0.0, 0.0)),  # after a ReLU

@@ -137,7 +137,11 @@ def test_the_set_is_that_of_the_reference(case, gathered_by_xla):
 
 @pytest.mark.parametrize(
     ("scope", "pooling"),
-    [("group", "prob_sum"), ("group", "score_mean"), ("layer", "prob_max")],
+    [
+        ("group", "prob_sum"),
+        pytest.param("group", "score_mean", marks=pytest.mark.slow),
+        ("layer", "prob_max"),
+    ],
 )
 def test_heads_share_a_selection(scope, pooling, gathered_by_xla):
     query, key, value, _ = draw(2, 300, 12, 4, 16, 16)

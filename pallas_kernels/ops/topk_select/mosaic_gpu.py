@@ -35,7 +35,6 @@ from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
 from pallas_kernels.ops.topk_select.narrow_gpu import (
-    SMALL_ROW,
     least_listed,
     lower_bound,
     narrow_kernel,
@@ -56,6 +55,7 @@ _LANES = 128
 _VECTORS = 4  # register vectors that a lane reads at a time
 _CHUNK = 512  # keys of the list that a pass looks at together: four a lane
 _MAX_CAPACITY = 12_288  # keys of the list: 96 of the 227 KiB of shared memory
+_SMALL_ROW = 2048  # keys of a row that the list always holds whole
 _DEFAULT_BUDGET = 4096  # what the list is sized for where the budget is an array
 _SAMPLE = 8192
 _SPLIT_SAMPLES = 2048, 4096  # for blocks that share a row, as each reads the row's whole sample
@@ -102,7 +102,7 @@ def _plan(
     capacity = (wanted + 4 * math.sqrt(wanted)) * num_keys / sample
     # A plateau fills the budget and the tile that does so; a few are above it.
     capacity = max(capacity, 1.25 * budget + step)
-    capacity = max(min(capacity, _MAX_CAPACITY, num_keys), min(num_keys, SMALL_ROW))
+    capacity = max(min(capacity, _MAX_CAPACITY, num_keys), min(num_keys, _SMALL_ROW))
     if topk is None and num_keys <= _MAX_CAPACITY:
         capacity = num_keys  # the budget may be anything
     capacity = pl.cdiv(math.ceil(capacity), _CHUNK) * _CHUNK
@@ -126,6 +126,7 @@ def _plan(
         step=step,
         align=align,
         capacity=capacity,
+        small_row=_SMALL_ROW,
         sample=sample,
         splits=splits,
         interpreted=interpreted,

@@ -16,7 +16,6 @@ from pallas_kernels.ops.topk_select.row_gpu import (
     visible_of,
 )
 
-SMALL_ROW = 2048  # keys of a row that the list always holds whole
 _EVEN_PASSES = 2  # over the sample, whose bounds are even steps of the score and not of its key
 _BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
 
@@ -126,7 +125,7 @@ def lower_bound(row: Row, budget, lanes_ref, plan: Plan):
         return jnp.where(whole, LOWEST, low), whole | fits
 
     return lax.cond(
-        visible <= min(plan.capacity, SMALL_ROW),
+        visible <= min(plan.capacity, plan.small_row),
         lambda: (jnp.int32(LOWEST), jnp.bool_(True)),
         from_sample,
     )

@@ -24,6 +24,7 @@ class Plan:
     topk: the largest budget, and each row's where no other is given.
     step, align: keys that are read at a time, and neighbours that a lane reads together.
     capacity: keys that the list holds.
+    small_row: keys of a row that the list holds whole, without a sample.
     sample: keys that are sampled, a power of two.
     splits: blocks that narrow one row.
     """
@@ -34,6 +35,7 @@ class Plan:
     step: int
     align: int
     capacity: int
+    small_row: int
     sample: int
     splits: int
     interpreted: bool
