@@ -1,8 +1,6 @@
 """Eight-bit keys: the copy and its bound, decoding ranked by it, and decoding that it only makes faster, bit for bit."""
 
 import functools
-import re
-import shutil
 
 import hypothesis
 import hypothesis.strategies as st
@@ -690,31 +688,17 @@ def test_kernels_of_a_copy_lower_for_a_hopper_gpu(name):
     assert "mosaic_gpu" in gpu_aot.lower_gpu(fn, *specs).as_text()
 
 
-def assert_no_spills(capfd):
-    report = "".join(capfd.readouterr())
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    assert spilled, report
-    assert not any(spilled), report
-
-
-@pytest.mark.skipif(gpu_aot.cuda_plugin_is_missing(), reason="needs JAX's CUDA plugin")
-@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas on the path")
+@gpu_aot.needs_compiler
 @pytest.mark.parametrize("case", PIECES.values(), ids=PIECES.keys())
 def test_kernels_of_every_form_of_a_copy_compile_without_spills(case, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    fn, *specs = case
-    gpu_aot.compile_gpu(fn, *specs)
-    assert_no_spills(capfd)
+    gpu_aot.compile_without_spills(*case, monkeypatch=monkeypatch, capfd=capfd)
 
 
-@pytest.mark.skipif(gpu_aot.cuda_plugin_is_missing(), reason="needs JAX's CUDA plugin")
-@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas on the path")
+@gpu_aot.needs_compiler
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
 def test_kernels_of_a_copy_compile_without_spills_and_copy_no_cache(case, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    fn, query, key, *rest = case
-    compiled = gpu_aot.compile_gpu(fn, query, key, *rest)
-    assert_no_spills(capfd)
+    compiled = gpu_aot.compile_without_spills(*case, monkeypatch=monkeypatch, capfd=capfd)
     # Rows of scores, and lists.
+    key = case[2]
     cache = key.size * key.dtype.itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < cache / 4
