@@ -1,6 +1,7 @@
 """Eight-bit keys: the copy and its bound, decoding ranked by it, and decoding that it only makes faster, bit for bit."""
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
