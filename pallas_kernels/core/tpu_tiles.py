@@ -31,6 +31,12 @@ def rows_between(shape: tuple[int, ...], first: int | jax.Array, end: int | jax.
     return (row >= first) & (row < end)
 
 
+def as_row(column):
+    """Turns sublanes into lanes, exactly: [n, 1] -> [1, n]."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, (column.shape[0],) * 2, axis) for axis in (0, 1))
+    return jnp.sum(jnp.where(lane == row, column, 0), axis=0, keepdims=True)
+
+
 def dot(lhs, rhs, contract: tuple[int, int]):
     """Contracts one axis of each matrix; float32 inputs are multiplied in full precision."""
     precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None

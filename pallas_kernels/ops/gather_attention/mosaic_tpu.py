@@ -31,13 +31,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, online_softmax, tpu_tiles, varying
+from pallas_kernels.core import online_softmax, tpu_launch, tpu_tiles, varying
 from pallas_kernels.core.interpret import interpret_options
-from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, round_up
+from pallas_kernels.core.tpu_launch import check_vmem
+from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, as_row, round_up
 from pallas_kernels.ops.gather_attention import xla
 from pallas_kernels.ops.gather_attention.block_sizes import GatherAttentionBlockSizes
-from pallas_kernels.ops.topk_select.fused_tpu import as_row
-from pallas_kernels.ops.topk_select.mosaic_tpu import check_vmem
 
 _OP = "gather_attention"
 _PART_OF_TOKENS = 128  # slots taken at a time where each fetches all heads
@@ -123,8 +122,7 @@ def _form(num_kv_heads: int, num_lists: int, dtype) -> str:
     return "rows" if dtype == jnp.float32 else "words"
 
 
-def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
-    refs = _Refs(**dict(zip(names, refs, strict=True)))
+def _kernel(refs: _Refs, *, plan: _Plan):
     row = pl.program_id(0)
     table = row // plan.num_rows if refs.key.shape[0] > 1 else 0
     heads = plan.heads_of_a_list
@@ -388,18 +386,10 @@ def _launch(operands, plan: _Plan, *, value_head: int):
         "key_arrived": pltpu.SemaphoreType.DMA((2,)),
         "value_arrived": pltpu.SemaphoreType.DMA((2,)),
     }
-    out_shape = {
+    outputs = {
         "out": jax.ShapeDtypeStruct((rows, plan.num_lists, heads, value_head), f32),
         "lse": jax.ShapeDtypeStruct((rows, 1, n), f32),
     }
-
-    def spec(name, shape):
-        if name in ("lists", "key", "value"):
-            return pl.BlockSpec(memory_space=pl.ANY)
-        space = pltpu.SMEM if name == "parts" else None
-        return pl.BlockSpec(
-            (1, *shape[1:]), lambda i: (i, *(0 for _ in shape[1:])), memory_space=space
-        )
 
     # A part is in two buffers; query, output and its sums are in two as well.
     tiles = tpu_tiles.tiled_size(key_rows) + tpu_tiles.tiled_size(value_rows)
@@ -408,30 +398,23 @@ def _launch(operands, plan: _Plan, *, value_head: int):
     )
     needed = 8 * tiles + 8 * shown + 8 * n * LANES
     slots = rows * plan.num_lists * plan.most_parts * part
-    return pl.pallas_call(
-        functools.partial(_kernel, plan=plan, names=(*operands, *out_shape, *scratch)),
-        out_shape=list(out_shape.values()),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=0,
-            grid=(rows,),
-            in_specs=[spec(name, x.shape) for name, x in operands.items()],
-            out_specs=[spec(name, x.shape) for name, x in out_shape.items()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            vmem_limit_bytes=check_vmem(_OP, needed, f"{part} slots of K={k}, H={h}"),
-            # Every place lies in [0, S), whatever the caller listed; the checks would be half of what starts a copy.
-            disable_bounds_checks=True,
-        ),
+    # Every place lies in [0, S), whatever the caller listed; checks would be half of what starts a copy.
+    return tpu_launch.call_by_name(
+        functools.partial(_kernel, plan=plan),
+        _Refs,
+        operands,
+        outputs=outputs,
+        scratch=scratch,
+        in_hbm=("lists", "key", "value"),
+        in_smem=("parts",),
+        vmem_limit_bytes=check_vmem(_OP, needed, f"{part} slots of K={k}, H={h}"),
         cost_estimate=pl.CostEstimate(
             flops=2 * slots * plan.heads_of_a_list * (h + value_head),
             bytes_accessed=slots * (4 * plan.lines * (h + value_head) + 8),
             transcendentals=slots * plan.heads_of_a_list,
         ),
-        interpret=compat.tpu_interpret(interpret_options()),
         name=f"gather_attention_{plan.dtype.name}_{plan.form}_g{plan.num_lists}_r{part}",
-    )(*operands.values())
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

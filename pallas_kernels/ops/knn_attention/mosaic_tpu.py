@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, selection
+from pallas_kernels.core.tpu_tiles import LANES, SUBLANES
 from pallas_kernels.ops.knn_attention.block_sizes import KnnBlockSizes
 from pallas_kernels.ops.topk_select import fused_tpu
-from pallas_kernels.ops.topk_select.fused_tpu import SUBLANES, Layout, Scorer
-from pallas_kernels.ops.topk_select.mosaic_tpu import LANES
+from pallas_kernels.ops.topk_select.fused_tpu import Layout, Scorer
 
 _OP = "knn_indices"
 _TILE_REGISTERS = 5  # of keys scored together, at most; they hide each other's latency

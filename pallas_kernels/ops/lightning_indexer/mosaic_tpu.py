@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, selection
+from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, round_up
 from pallas_kernels.ops.lightning_indexer.block_sizes import LightningIndexerBlockSizes
 from pallas_kernels.ops.topk_select import fused_tpu
-from pallas_kernels.ops.topk_select.fused_tpu import SUBLANES, Layout, Scorer
-from pallas_kernels.ops.topk_select.mosaic_tpu import LANES, round_up
+from pallas_kernels.ops.topk_select.fused_tpu import Layout, Scorer
 
 _TILE_HEADS = 16  # of 8 rows: what one product makes is 16 registers wide of 128 keys
 _TILE_KEYS = 256

@@ -37,18 +37,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
-from pallas_kernels.core import compat, masks, paging, selection, tpu_tiles
+from pallas_kernels.core import masks, paging, selection, tpu_launch, tpu_tiles
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
+from pallas_kernels.core.tpu_launch import check_vmem
 from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, round_up
 from pallas_kernels.ops.topk_decode_attention import pooling_tpu
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
-from pallas_kernels.ops.topk_select.mosaic_tpu import (
-    check_vmem,
-    chunk_width,
-    select_rows,
-)
+from pallas_kernels.ops.topk_select.mosaic_tpu import chunk_width, select_rows
 
 _OP = "topk_decode_attention"
 _PIECE = LANES  # keys that one product takes
@@ -135,8 +132,7 @@ def _heads(block, axis: int):
     return jnp.swapaxes(block, 0, 1) if axis == 0 else block
 
 
-def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
-    refs = _Refs(**dict(zip(names, refs, strict=True)))
+def _kernel(refs: _Refs, *, plan: _Plan):
     b = pl.program_id(0)
     begin, end = refs.begins[b], refs.ends[b]
     num_rows = refs.scores.shape[0]
@@ -559,7 +555,7 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
         "value_arrived": pltpu.SemaphoreType.DMA((2,)),
         **({"ranked_left": pltpu.SemaphoreType.DMA} if with_indices else {}),
     }
-    out_shape = {
+    outputs = {
         "out": jax.ShapeDtypeStruct((b, rows, value_head), dtype),
         "lse": jax.ShapeDtypeStruct((b, rows, 1), jnp.float32),
         "chosen": jax.ShapeDtypeStruct((b, sets, 3), jnp.int32),
@@ -569,43 +565,26 @@ def _launch(operands, plan: _Plan, *, sets: int, shared: bool, value_head: int, 
             else {}
         ),
     }
-    in_hbm = {"key", "value", "ranked_out"}
-
-    def spec(name, shape):
-        if name in in_hbm:
-            return pl.BlockSpec(memory_space=pl.ANY)
-        space = pltpu.SMEM if name == "page_table" else None
-        return pl.BlockSpec((1, *shape[1:]), lambda i, *_: (i, 0, 0), memory_space=space)
-
-    inputs = {name: x for name, x in operands.items() if name not in ("begins", "ends")}
     paged = "" if plan.page is None else f"_page{plan.page}"
     in_buffers = key_block, key_block, value_block, value_block, *apart.values()
     block_bytes = itemsize * sum(map(tpu_tiles.tiled_size, in_buffers))
     needed = 4 * width * (rows + (sets if shared else 0)) + block_bytes
-    return pl.pallas_call(
-        functools.partial(
-            _kernel, plan=plan, names=("begins", "ends", *inputs, *out_shape, *scratch)
-        ),
-        out_shape=list(out_shape.values()),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(b,),
-            in_specs=[spec(name, x.shape) for name, x in inputs.items()],
-            out_specs=[spec(name, x.shape) for name, x in out_shape.items()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            vmem_limit_bytes=check_vmem(_OP, needed, f"{rows} rows of S={plan.num_keys}"),
-            # Every copy lies within the cache, as lengths and tables were clipped to it.
-            disable_bounds_checks=True,
-        ),
+    # Every copy lies within the cache, as lengths and tables were clipped to it.
+    return tpu_launch.call_by_name(
+        functools.partial(_kernel, plan=plan),
+        _Refs,
+        operands,
+        scalars=("begins", "ends"),
+        outputs=outputs,
+        scratch=scratch,
+        in_hbm=("key", "value", "ranked_out"),
+        in_smem=("page_table",),
+        vmem_limit_bytes=check_vmem(_OP, needed, f"{rows} rows of S={plan.num_keys}"),
         cost_estimate=pl.CostEstimate(
             # Both products, and two operations a score in each of some 40 passes; all of V is the upper bound.
             flops=b * plan.num_heads * plan.num_keys * (2 * (h + value_head) + 80),
             bytes_accessed=b * plan.num_keys * plan.num_kv_heads * (h + value_head) * itemsize,
             transcendentals=b * plan.num_heads * plan.num_keys,
         ),
-        interpret=compat.tpu_interpret(interpret_options()),
         name=f"topk_decode_{dtype.name}_g{plan.num_sets}_kv{plan.block_kv}_{plan.key_axis}{plan.value_axis}{paged}",
-    )(operands["begins"], operands["ends"], *inputs.values())
+    )

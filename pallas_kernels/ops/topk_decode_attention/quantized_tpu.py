@@ -35,16 +35,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.core import compat, paging, selection, tpu_tiles
+from pallas_kernels.core import paging, selection, tpu_launch, tpu_tiles
 from pallas_kernels.core import pooling as pooling_
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
-from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, round_up
+from pallas_kernels.core.tpu_launch import check_vmem
+from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, as_row, round_up
 from pallas_kernels.ops.gather_attention import mosaic_tpu as gather_attention
 from pallas_kernels.ops.topk_decode_attention import mosaic_tpu
 from pallas_kernels.ops.topk_decode_attention.pooling_tpu import pool_order_keys
-from pallas_kernels.ops.topk_select.fused_tpu import as_row, list_rows
-from pallas_kernels.ops.topk_select.mosaic_tpu import check_vmem, chunk_width, select_rows
+from pallas_kernels.ops.topk_select.fused_tpu import list_rows
+from pallas_kernels.ops.topk_select.mosaic_tpu import chunk_width, select_rows
 
 _OP = "topk_decode_attention"
 _PIECE = LANES  # keys that meet the queries in one product
@@ -131,8 +132,7 @@ def _number(words, byte: int, dtype):
     return lax.bitcast_convert_type(signed, jnp.float32).astype(jnp.bfloat16)
 
 
-def _kernel(*refs, plan: _Plan, names: tuple[str, ...]):
-    refs = _Refs(**dict(zip(names, refs, strict=True)))
+def _kernel(refs: _Refs, *, plan: _Plan):
     b = pl.program_id(0)
     begin, end = refs.begins[b], refs.ends[b]
     num_rows = refs.scores.shape[0]
@@ -486,42 +486,26 @@ def _launch(operands, plan: _Plan, *, rows: int, sets: int, list_size: int):
         "scales_arrived": pltpu.SemaphoreType.DMA((2,)),
     }
     lists = round_up(list_size, LANES)
-    out_shape = {
+    outputs = {
         "chosen": jax.ShapeDtypeStruct((b, 3, sets), i32),
         "lists": jax.ShapeDtypeStruct((b, sets, lists), i32),
     }
-
-    def spec(name, shape):
-        if name in ("values", "token_scale"):
-            return pl.BlockSpec(memory_space=pl.ANY)
-        space = pltpu.SMEM if name == "page_table" else None
-        at = lambda i, *_: (i, *(0 for _ in shape[1:]))
-        return pl.BlockSpec((1, *shape[1:]), at, memory_space=space)
-
-    inputs = {name: x for name, x in operands.items() if name not in ("begins", "ends")}
     name = f"topk_decode_copy_{plan.dtype.name}_g{plan.num_sets}_kv{block_kv}"
     name += ("_words" if plan.as_words else "") + (f"_page{plan.page}" if plan.page else "")
     copies = 2 * block_kv * (k * round_up(h, LANES) + 4 * round_up(k, SUBLANES))
     needed = 4 * width * (rows + (sets if shared else 0)) + copies + 8 * sets * lists
-    return pl.pallas_call(
-        functools.partial(
-            _kernel, plan=plan, names=("begins", "ends", *inputs, *out_shape, *scratch)
-        ),
-        out_shape=list(out_shape.values()),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(b,),
-            in_specs=[spec(name, x.shape) for name, x in inputs.items()],
-            out_specs=[spec(name, x.shape) for name, x in out_shape.items()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            # Every copy lies within the copied cache, as lengths and tables were clipped to it.
-            disable_bounds_checks=True,
-            vmem_limit_bytes=check_vmem(
-                _OP, needed, f"{rows} rows of S={plan.num_keys} and {sets} lists of {list_size}"
-            ),
+    # Every copy lies within the copied cache, as lengths and tables were clipped to it.
+    return tpu_launch.call_by_name(
+        functools.partial(_kernel, plan=plan),
+        _Refs,
+        operands,
+        scalars=("begins", "ends"),
+        outputs=outputs,
+        scratch=scratch,
+        in_hbm=("values", "token_scale"),
+        in_smem=("page_table",),
+        vmem_limit_bytes=check_vmem(
+            _OP, needed, f"{rows} rows of S={plan.num_keys} and {sets} lists of {list_size}"
         ),
         cost_estimate=pl.CostEstimate(
             # A product, and two operations a score in each of some 40 passes.
@@ -529,6 +513,5 @@ def _launch(operands, plan: _Plan, *, rows: int, sets: int, list_size: int):
             bytes_accessed=b * width * k * (h + 4),
             transcendentals=0,
         ),
-        interpret=compat.tpu_interpret(interpret_options()),
         name=name,
-    )(operands["begins"], operands["ends"], *inputs.values())
+    )

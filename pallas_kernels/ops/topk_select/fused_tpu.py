@@ -30,15 +30,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core import compat, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
-from pallas_kernels.ops.topk_select.mosaic_tpu import (
-    LANES,
-    check_vmem,
-    chunk_width,
-    round_up,
-    select_rows,
-)
+from pallas_kernels.core.tpu_launch import check_vmem
+from pallas_kernels.core.tpu_tiles import LANES, SUBLANES, as_row, round_up
+from pallas_kernels.ops.topk_select.mosaic_tpu import chunk_width, select_rows
 
-SUBLANES = 8
 _LIST_TILES = 8
 _MAX_BLOCKS = 1 << 16  # row blocks x members: two int32 each in SMEM, which holds 1 MiB
 
@@ -159,12 +154,6 @@ def as_column(line, size: int, first=0):
     row, lane = (lax.broadcasted_iota(jnp.int32, (size, line.shape[1]), axis) for axis in (0, 1))
     line = jnp.where(lane == row + first, line, jnp.zeros_like(line))
     return jnp.sum(line, axis=1, keepdims=True)
-
-
-def as_row(column):
-    """Turns sublanes into lanes, exactly: [n, 1] -> [1, n]."""
-    row, lane = (lax.broadcasted_iota(jnp.int32, (column.shape[0],) * 2, axis) for axis in (0, 1))
-    return jnp.sum(jnp.where(lane == row, column, 0), axis=0, keepdims=True)
 
 
 def list_rows(

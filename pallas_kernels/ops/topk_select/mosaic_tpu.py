@@ -24,6 +24,7 @@ from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, selection
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
+from pallas_kernels.core.tpu_launch import check_vmem
 from pallas_kernels.core.tpu_tiles import LANES, round_up
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
 
@@ -31,9 +32,6 @@ _OP = "topk_select"
 _CHUNK_ELEMENTS = 16 * 8 * LANES  # what one step of a pass holds: 16 of the 64 vector registers
 _FEW_ROWS = 32  # whose columns take no more than 4 registers
 _MAX_ROW_GROUPS = 1 << 17  # one int32 each in SMEM, which holds 1 MiB
-_VMEM_MARGIN = (
-    8 << 20
-)  # for what the compiler adds: pipeline bookkeeping, spills, lane padding of narrow columns
 
 
 def chunk_width(rows: int, block: int) -> int:
@@ -42,16 +40,6 @@ def chunk_width(rows: int, block: int) -> int:
     while block % (2 * width) == 0 and rows * 2 * width <= _CHUNK_ELEMENTS:
         width *= 2
     return width
-
-
-def check_vmem(op: str, needed: int, shape: str) -> int:
-    """Returns the VMEM limit to ask the compiler for; refuses what the target device cannot hold."""
-    limit, capacity = needed + _VMEM_MARGIN, compat.tpu_vmem_bytes()
-    if limit > capacity:
-        raise NotImplementedError(
-            f"{op}: mosaic_tpu got {shape}, which needs {limit >> 20} MiB of VMEM, wanted at most {capacity >> 20} MiB"
-        )
-    return limit
 
 
 class _Kind(NamedTuple):
