@@ -1,4 +1,4 @@
-"""Copies of a cache's tiles into shared memory, whether a sequence's rows lie together or in pages (Mosaic GPU)."""
+"""Which keys a block sees, and copies of a cache's tiles into shared memory, its rows together or in pages (Mosaic GPU)."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def visible_of(row, start_ref, end_ref, num_rows: int, limit: int):
+    """Returns the first visible key of a row and one past the last, cut to [0, limit].
+
+    Args:
+      row: int32 scalar, below `num_rows`.
+      start_ref, end_ref: None for 0 and `limit`, or int32 vectors, each entry for as many rows in turn as make `num_rows`.
+    """
+
+    def entry(ref):
+        rows = num_rows // ref.shape[0]
+        return jnp.clip(ref[row if rows == 1 else lax.div(row, rows)], 0, limit)
+
+    start = jnp.int32(0) if start_ref is None else entry(start_ref)
+    return start, jnp.int32(limit) if end_ref is None else entry(end_ref)
 
 
 def copies_of(rows: int, page: int | None) -> int:

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, gpu_merge, masks, paging, selection
 from pallas_kernels.core import pooling as pooling_
-from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of
+from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of, visible_of
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_decode_attention.block_sizes import TopKDecodeBlockSizes
@@ -57,13 +57,6 @@ def _range_of(b: int, num_keys: int, lengths, window):
         return None, lengths
     end = jnp.full((b,), num_keys) if lengths is None else jnp.clip(lengths, 0, num_keys)
     return jnp.maximum(end - window, 0), end
-
-
-def _visible_of(start_ref, end_ref, b, limit: int):
-    """Returns the first visible key of a sequence, and one past the last, which is at most `limit`."""
-    inside = lambda place: jnp.clip(place, 0, limit)
-    start = jnp.int32(0) if start_ref is None else inside(start_ref[b])
-    return start, jnp.int32(limit) if end_ref is None else inside(end_ref[b])
 
 
 def _visible_tiles(start, end, split, splits: int, num_keys: int, tile: int):
@@ -101,7 +94,7 @@ def _score_tiles_kernel(
 ):
     stages = tiles_ref.shape[0]
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
-    start, end = _visible_of(start_ref, end_ref, b, limit)
+    start, end = visible_of(b, start_ref, end_ref, scores_ref.shape[0], limit)
     first, last, offset_of = _visible_tiles(start, end, split, splits, num_keys, _TILE)
     keys = CacheTiles(
         cache_ref=key_ref,
@@ -167,7 +160,7 @@ def _score_rows_kernel(
 ):
     stages, _, h = tiles_ref.shape
     b, kv, split = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("split")
-    start, end = _visible_of(start_ref, end_ref, b, limit)
+    start, end = visible_of(b, start_ref, end_ref, scores_ref.shape[0], limit)
     first, last, offset_of = _visible_tiles(start, end, split, splits, num_keys, _ROW_TILE)
     cache = CacheTiles(
         cache_ref=key_ref,

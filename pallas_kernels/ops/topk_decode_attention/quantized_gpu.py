@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, masks, paging, quantization, selection
 from pallas_kernels.core import pooling as pooling_
-from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of
+from pallas_kernels.core.gpu_tiles import CacheTiles, copies_of, visible_of
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.quantization import QuantizedKeys
 from pallas_kernels.core.selection import TopKSelection
@@ -88,7 +88,7 @@ def _score_copy_kernel(
     whole_numbers = queries_ref.dtype == jnp.int8
     b, split = lax.axis_index("batch"), lax.axis_index("split")
     first_head = lax.axis_index("kv_heads") * together
-    start, end = mosaic_gpu._visible_of(start_ref, end_ref, b, limit)
+    start, end = visible_of(b, start_ref, end_ref, scores_ref.shape[0], limit)
     first, last, offset_of = mosaic_gpu._visible_tiles(start, end, split, splits, num_keys, _TILE)
     # A step is a tile of one head; the heads of some tokens follow one another.
     steps = jnp.maximum(last - first, 0) * together

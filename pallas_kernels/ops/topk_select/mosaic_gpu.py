@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import block_sizes as block_sizes_
 from pallas_kernels.core import compat, gpu_lanes, selection
+from pallas_kernels.core.gpu_tiles import visible_of
 from pallas_kernels.core.interpret import interpret_options
 from pallas_kernels.core.selection import TopKSelection
 from pallas_kernels.ops.topk_select.block_sizes import TopKSelectBlockSizes
@@ -48,7 +49,6 @@ from pallas_kernels.ops.topk_select.row_gpu import (
     budget_of,
     full,
     search_in_place,
-    visible_of,
 )
 
 _LANES = 128
@@ -158,9 +158,8 @@ def _select_kernel(*refs, plan: Plan, listed: tuple[str, ...]):
     list_refs = [refs.pop(0) for _ in listed]
     places_ref, keys_ref, lanes_ref = refs
     index = lax.axis_index("row")
-    row = Row(
-        scores_ref, index, *visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
-    )
+    visible = visible_of(index, start_ref, end_ref, plan.rows, plan.limit)
+    row = Row(scores_ref, index, *visible, plan.step, plan.align)
     budget = budget_of(index, budget_ref, plan)
     chunk_layout = plgpu.Layout.WG_STRIDED((_CHUNK,), vec_size=4)
     lane = plgpu.broadcasted_iota(jnp.int32, (_CHUNK,), 0, layout=chunk_layout)

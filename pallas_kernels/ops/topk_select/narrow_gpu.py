@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu_lanes, selection
+from pallas_kernels.core.gpu_tiles import visible_of
 from pallas_kernels.ops.topk_select.row_gpu import (
     LOWEST,
     Plan,
@@ -13,7 +14,6 @@ from pallas_kernels.ops.topk_select.row_gpu import (
     budget_of,
     full,
     keys_of,
-    visible_of,
 )
 
 _EVEN_PASSES = 2  # over the sample, whose bounds are even steps of the score and not of its key
@@ -181,9 +181,8 @@ def narrow_kernel(
 ):
     """Packs what may be selected of one part of a row; every part finds the same bound."""
     index, split = lax.axis_index("row"), lax.axis_index("split")
-    row = Row(
-        scores_ref, index, *visible_of(index, start_ref, end_ref, plan), plan.step, plan.align
-    )
+    visible = visible_of(index, start_ref, end_ref, plan.rows, plan.limit)
+    row = Row(scores_ref, index, *visible, plan.step, plan.align)
     budget = budget_of(index, budget_ref, plan)
     bound, hopeful = lower_bound(row, budget, lanes_ref, plan)
     share = pl.cdiv(pl.cdiv(row.num_keys, plan.step), plan.splits)

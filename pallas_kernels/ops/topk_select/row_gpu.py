@@ -91,14 +91,6 @@ class Row:
         return state
 
 
-def visible_of(index, start_ref, end_ref, plan: Plan):
-    """Returns the first visible key of a row and one past the last; an entry of either reference is for several rows in turn."""
-    entry = lambda ref: ref[lax.div(index, plan.rows // ref.shape[0])]
-    inside = lambda place: jnp.clip(place, 0, plan.limit)
-    start = jnp.int32(0) if start_ref is None else inside(entry(start_ref))
-    return start, jnp.int32(plan.limit) if end_ref is None else inside(entry(end_ref))
-
-
 def budget_of(index, budget_ref, plan: Plan):
     """Returns how many keys a row is to keep."""
     return jnp.int32(plan.topk) if budget_ref is None else jnp.maximum(budget_ref[index], 0)
