@@ -1,6 +1,6 @@
 """How TPU kernels are launched: the VMEM they may ask for, and the frame of those that know their references by name."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def call_by_name(
     vmem_limit_bytes: int,
     cost_estimate: pl.CostEstimate,
     name: str,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Launches kernel(refs(operand=ref, ..., output=ref, ..., buffer=ref, ...)) over the first axis of the outputs, in parallel.
 
     Every copy that the kernel makes must lie within its array, for that is not checked.
