@@ -104,6 +104,9 @@ def workloads() -> dict[str, tuple[Callable, Sequence]]:
         options = dict(topk=topk, lengths=lengths, quantized_key=copy)
         return pk.topk_decode_attention(query, key, value, **options, **on_tpu)
 
+    def in_float32(*arrays):
+        return [spec(x.shape, f32 if x.dtype == bf16 else x.dtype) for x in arrays]
+
     def copy_of(dtype):
         numbers = spec(cache.shape[:3], f32)
         return spec(cache.shape, dtype), numbers, numbers
@@ -135,11 +138,24 @@ def workloads() -> dict[str, tuple[Callable, Sequence]]:
             decode_by_copy,
             (query, cache, cache, lengths, *copy_of(jnp.float8_e4m3fn)),
         ),
+        "topk_decode_attention 8x131072 float32": (
+            decode,
+            in_float32(query, cache, cache, lengths),
+        ),
         "gather_attention 8x131072 layer": (gather, (rows, cache, cache, lists(1))),
         "gather_attention 8x131072 group": (gather, (rows, cache, cache, lists(k))),
         "gather_attention 8x131072 head": (gather, (rows, cache, cache, lists(n))),
+        "gather_attention 8x131072 layer float32": (
+            gather,
+            in_float32(rows, cache, cache, lists(1)),
+        ),
+        "gather_attention 8x131072 group float32": (
+            gather,
+            in_float32(rows, cache, cache, lists(k)),
+        ),
         "gather_attention 8x131072 group paged": (gather, (rows, pool, pool, lists(k), table)),
         "indexer_select 8x131072 decode": (indexer, index_inputs(b, 1, s)),
+        "indexer_select 8x131072 decode float32": (indexer, in_float32(*index_inputs(b, 1, s))),
         "indexer_select 32768 prefill": (indexer, index_inputs(1, 32768, 32768)),
         "knn_indices 4x1165": (
             lambda q, x, valid: pk.knn_indices(q, x, neighbours=16, key_valid=valid, **on_tpu),

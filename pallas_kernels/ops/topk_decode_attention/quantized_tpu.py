@@ -279,6 +279,19 @@ def _kernel(refs: _Refs, *, plan: _Plan):
         refs.chosen[0, line : line + 1, :] = as_row(fact)
 
 
+def _bfloat16_parts(query):
+    """Returns what adds up to the query, the smallest part first, as they are added: one of bfloat16, three of float32."""
+    if query.dtype == jnp.bfloat16:
+        return [query]
+    parts, rest, bits = [], query, jnp.finfo(jnp.bfloat16)
+    for _ in range(3):
+        # Not by a conversion there and back, which XLA may leave out.
+        taken = lax.reduce_precision(rest, bits.nexp, bits.nmant)
+        parts.append(taken.astype(jnp.bfloat16))
+        rest = jnp.where(jnp.isfinite(taken), rest - taken, 0.0)
+    return parts[::-1]
+
+
 def _query_windows(query, num_kv_heads: int):
     """Cuts the queries of each key/value head out of those of all, in whole registers.
 
@@ -289,14 +302,8 @@ def _query_windows(query, num_kv_heads: int):
     group = n // num_kv_heads
     firsts = [head * group // SUBLANES * SUBLANES for head in range(num_kv_heads)]
     size = max(round_up((head + 1) * group, SUBLANES) - first for head, first in enumerate(firsts))
-    parts, rest, bits = [], query, jnp.finfo(jnp.bfloat16)
-    for _ in range(1 if query.dtype == jnp.bfloat16 else 3):
-        # Not by a conversion there and back, which XLA may leave out.
-        taken = lax.reduce_precision(rest, bits.nexp, bits.nmant)
-        parts.append(taken.astype(jnp.bfloat16))
-        rest = jnp.where(jnp.isfinite(taken), rest - taken, 0.0)
-    # The smallest first: it is added first.
-    parts = [jnp.pad(part, ((0, 0), (0, size), (0, 0))) for part in parts[::-1]]
+    parts = _bfloat16_parts(query)
+    parts = [jnp.pad(part, ((0, 0), (0, size), (0, 0))) for part in parts]
     windows = [jnp.concatenate([part[:, i : i + size] for part in parts], axis=1) for i in firsts]
     return jnp.stack(windows, axis=1), len(parts), size
 
