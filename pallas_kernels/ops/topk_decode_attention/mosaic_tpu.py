@@ -481,12 +481,11 @@ def topk_decode_attention(
         scale=scale,
         pooling=pooling,
     )
-    ends = jnp.full((b,), s, jnp.int32) if lengths is None else lengths
-    begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
+    begins, ends = _range_of(b, s, lengths, window)
     budget = selection.rows_of(topk, (b, n))[:, ::per_set, None]
     operands = {
         "begins": begins,
-        "ends": jnp.clip(ends, 0, s),
+        "ends": ends,
         "query": jnp.pad(query, ((0, 0), (0, rows - n), (0, 0))),
         "budget": jnp.pad(budget, ((0, 0), (0, sets - num_sets), (0, 0))),
         **({} if page is None else {"page_table": _window_of_pages(page_table, lengths, key)}),
@@ -507,6 +506,13 @@ def topk_decode_attention(
         indices = selection.compact(kept & visible, topk)
     selected = TopKSelection(indices, count, selection.key_to_score(threshold), tie_cut)
     return out[:, :n], lse[:, :n, 0], selection.repeat_for_heads(selected, per_set)
+
+
+def _range_of(b: int, num_keys: int, lengths, window):
+    """Returns the first visible key of each sequence and one past the last, int32 [B]; where nothing is visible, any begin."""
+    ends = jnp.full((b,), num_keys, jnp.int32) if lengths is None else lengths
+    begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
+    return begins, jnp.clip(ends, 0, num_keys)
 
 
 def _check_pages(key, value):

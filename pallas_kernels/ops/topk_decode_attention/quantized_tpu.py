@@ -376,8 +376,7 @@ def _by_copy(
         s = page * table.shape[1]
     num_sets = pooling_.num_sets(scope, n, k)
     per_set = n // num_sets
-    ends = jnp.full((b,), s, jnp.int32) if lengths is None else lengths
-    begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
+    begins, ends = mosaic_tpu._range_of(b, s, lengths, window)
     budget = selection.rows_of(topk, (b, n))[:, ::per_set]
     # Without a static budget the list has room for every key.
     size = min(topk, s) if isinstance(topk, int) else s
@@ -386,7 +385,7 @@ def _by_copy(
         copy,
         table,
         begins,
-        jnp.clip(ends, 0, s),
+        ends,
         budget,
         list_size=size,
         window=window,

@@ -40,15 +40,17 @@ from pallas_kernels.ops.topk_select.narrow_gpu import (
     lower_bound,
     narrow_kernel,
     pack_candidates,
-    shrink,
 )
 from pallas_kernels.ops.topk_select.row_gpu import (
+    BITS,
     LOWEST,
     Plan,
     Row,
     budget_of,
+    even_keys,
     full,
     search_in_place,
+    shrink,
 )
 
 _LANES = 128
@@ -307,9 +309,15 @@ def _select_kernel(*refs, plan: Plan, listed: tuple[str, ...]):
         def count_keys(tests):
             return count(*[lambda key, _, test=test: test(key) for test in tests])
 
+        def one_pass(carry):
+            low, high, reached = carry
+            bounds = even_keys(low, high, BITS)
+            low, high, reached, _ = shrink(low, high, reached, 0, kept, bounds, count_keys)
+            return low, high, reached
+
         low_key, _, reached = lax.while_loop(
             lambda carry: (carry[1] - carry[0] != 1) & (carry[2] != kept),
-            lambda carry: shrink(*carry, kept, count_keys),
+            one_pass,
             (jnp.maximum(low, LOWEST), largest + 1, found),
         )
         low_key = jnp.where(kept > 0, low_key, largest + 1)

@@ -8,46 +8,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core import gpu_lanes, selection
 from pallas_kernels.core.gpu_tiles import visible_of
 from pallas_kernels.ops.topk_select.row_gpu import (
+    BITS,
     LOWEST,
     Plan,
     Row,
     budget_of,
+    even_keys,
     full,
     keys_of,
+    shrink,
 )
 
 _EVEN_PASSES = 2  # over the sample, whose bounds are even steps of the score and not of its key
-_BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
-
-
-def _even_keys(low, high):
-    """Returns bounds that divide [low, high) into parts of one width as integers."""
-    part = lax.shift_right_logical(high - low - 1, _BITS) + 1
-    return [low + i * part for i in range(1, 2**_BITS)]
 
 
 def _even_scores(low, high, bitcast):
     """Returns bounds that divide [low, high) into parts of one width as scores; all of them are inside, if there is room."""
     least, most = (selection.key_to_score(key, bitcast) for key in (low, high))
-    part = (most - least) * 0.5**_BITS
-    bounds = [selection.order_key(least + i * part, bitcast) for i in range(1, 2**_BITS)]
+    part = (most - least) * 0.5**BITS
+    bounds = [selection.order_key(least + i * part, bitcast) for i in range(1, 2**BITS)]
     return [jnp.maximum(jnp.minimum(bound, high - 1), low + 1) for bound in bounds]
-
-
-def shrink(low, high, reached, wanted, count, bounds=None):
-    """Narrows [low, high), where at least `wanted` keys reach `low` (so many: `reached`) and fewer reach `high`, by one pass.
-
-    `count(tests)` returns how many keys pass each test, `bounds` ascend.
-    """
-    bounds = _even_keys(low, high) if bounds is None else bounds
-    counts = count([lambda key, b=b: key >= b for b in bounds])
-    for bound, counted in zip(bounds, counts, strict=True):
-        enough = counted >= wanted
-        # Bounds ascend; those past `high` are reached by fewer still, and stay without effect.
-        lower = ~enough & (bound < high)
-        low, reached = jnp.where(enough, bound, low), jnp.where(enough, counted, reached)
-        high = jnp.where(lower, bound, high)
-    return low, high, reached
 
 
 def lower_bound(row: Row, budget, lanes_ref, plan: Plan):
@@ -91,9 +71,10 @@ def lower_bound(row: Row, budget, lanes_ref, plan: Plan):
             evenly = _even_scores(jnp.maximum(low, smallest), high, plan.bitcast)
             bounds = [
                 jnp.where(passes < _EVEN_PASSES, *pair)
-                for pair in zip(evenly, _even_keys(low, high), strict=True)
+                for pair in zip(evenly, even_keys(low, high, BITS), strict=True)
             ]
-            return *shrink(low, high, reached, wanted, count, bounds), passes + 1
+            low, high, reached, _ = shrink(low, high, reached, 0, wanted, bounds, count)
+            return low, high, reached, passes + 1
 
         low, _, reached, _ = lax.while_loop(
             lambda carry: (carry[1] - carry[0] != 1) & (carry[2] - wanted > slack),

@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu_lanes, selection
 
-_STREAMED_BITS = 3  # of the threshold that a pass over the row settles
+BITS = 2  # of the threshold that a pass over the list, or over the sample, settles
+_STREAMED_BITS = 3  # and a pass over the row
 _STREAMED_VECTORS = 4  # register vectors that a lane reads at a time in such a pass
 LOWEST = -0x7F800000  # order key of -inf: every number reaches it
 _HIGHEST = 0x7F800001  # one above that of +inf: no number reaches it
@@ -107,6 +108,30 @@ def full(value, shape, layout):
     return plgpu.layout_cast(lax.broadcast(jnp.int32(value), shape), layout)
 
 
+def even_keys(low, high, bits: int):
+    """Returns bounds that divide [low, high) into 2**bits parts of one width as integers."""
+    part = lax.shift_right_logical(high - low - 1, bits) + 1
+    return [low + i * part for i in range(1, 2**bits)]
+
+
+def shrink(low, high, reach_low, reach_high, wanted, bounds, count):
+    """Narrows [low, high), where at least `wanted` keys reach `low` and fewer reach `high`, by one pass.
+
+    `count(tests)` returns how many keys pass each test; `bounds` ascend.
+
+    Returns:
+      low, high, and how many keys reach each; of what was given as 0, and not counted, nothing that means anything.
+    """
+    counts = count([lambda key, b=b: key >= b for b in bounds])
+    for bound, counted in zip(bounds, counts, strict=True):
+        enough = counted >= wanted
+        # Bounds ascend; those past `high` are reached by fewer still, and stay without effect.
+        lower = ~enough & (bound < high)
+        low, reach_low = jnp.where(enough, bound, low), jnp.where(enough, counted, reach_low)
+        high, reach_high = jnp.where(lower, bound, high), jnp.where(lower, counted, reach_high)
+    return low, high, reach_low, reach_high
+
+
 def search_in_place(row: Row, budget, hint, lanes_ref, finish, listing, plan: Plan):
     """Selects from a row in global memory, by as many passes over it as it takes; `hint` is a key worth testing first."""
     append = functools.partial(gpu_lanes.append, layout=row.layout, interpreted=plan.interpreted)
@@ -160,20 +185,15 @@ def search_in_place(row: Row, budget, hint, lanes_ref, finish, listing, plan: Pl
     high = jnp.where(over >= kept, _HIGHEST, jnp.where(over + level >= kept, hint + 1, hint))
     above = jnp.where(over >= kept, 0, jnp.where(over + level >= kept, over, over + level))
 
-    def shrink(carry):
+    def one_pass(carry):
         low, high, above = carry  # keys that reach `high`: fewer than `kept`
-        part = lax.shift_right_logical(high - low - 1, _STREAMED_BITS) + 1
-        bounds = [low + i * part for i in range(1, 2**_STREAMED_BITS)]
-        counts = count([lambda key, b=b: key >= b for b in bounds], first, last)
-        for bound, reached in zip(bounds, counts, strict=True):
-            enough = reached >= kept
-            lower = ~enough & (bound < high)
-            low = jnp.where(enough, bound, low)
-            high, above = jnp.where(lower, bound, high), jnp.where(lower, reached, above)
+        bounds = even_keys(low, high, _STREAMED_BITS)
+        count_row = lambda tests: count(tests, first, last)
+        low, high, _, above = shrink(low, high, 0, above, kept, bounds, count_row)
         return low, high, above
 
     bound, _, above = lax.while_loop(
-        lambda carry: (carry[1] - carry[0] != 1) & (kept > 0), shrink, (low, high, above)
+        lambda carry: (carry[1] - carry[0] != 1) & (kept > 0), one_pass, (low, high, above)
     )
     quota = kept - above  # equals of the threshold that are kept: at least 1
 
